@@ -1,0 +1,135 @@
+"""Files that are whole or not there: atomic writes, locks that die with their holder, hashes.
+
+The order is always the same: write beside the target, fsync, rename, fsync the parent directory. A reader, or a
+restart after a power cut, sees the old content or the new, never a part.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class BusyError(ValueError):
+    """Another live process holds the lock."""
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file's bytes, read a block at a time."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file. Raises ValueError naming the file and line when it is not one."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; the file is damaged") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object is expected, found {type(value).__name__}")
+    return value
+
+
+def fsync_directory(path: str | Path) -> None:
+    """Make the names in a directory (files created, renamed, removed) survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: str | Path, data: bytes | str) -> None:
+    """Replace a file's content in one step. Raises ValueError when the disk is full or the place read-only."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with explained(path), open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """A temporary directory that becomes `path` when the block ends well, and is removed when it does not.
+
+    An existing `path` is replaced. Raises ValueError when the disk is full or the place read-only.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explained(path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                if file.is_file():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+                else:
+                    fsync_directory(file)
+            fsync_directory(temporary)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+            fsync_directory(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def explained(path: str | Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write into one line a person can act on."""
+    advice = {
+        errno.ENOSPC: "the disk is full; free some space, nothing was changed",
+        errno.EDQUOT: "the disk quota is used up; free some space, nothing was changed",
+        errno.EROFS: "the file system is read-only; choose another directory",
+        errno.EACCES: "no permission to write there; choose another directory",
+        errno.EPERM: "no permission to write there; choose another directory",
+        errno.ENOTDIR: "a file is where a directory is needed; choose another directory",
+    }
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in advice:
+            raise
+        raise ValueError(f"{path}: cannot be written: {advice[error.errno]}") from error
+
+
+@contextmanager
+def locked(path: str | Path, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file. The kernel lets go of it when the holder dies, so a lock is never stale.
+
+    Raises BusyError, naming the holder, when another live process has it and `wait` is false.
+    """
+    path = Path(path)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed below; closing is what releases the lock)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise BusyError(f"{path.parent}: in use by {holder}; wait for it, or choose another directory") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

@@ -1,0 +1,15 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The directory of real text that MINILLM_TEST_DATA names."""
+    if "MINILLM_TEST_DATA" not in os.environ:
+        pytest.skip("MINILLM_TEST_DATA is not set: the real texts are not part of the project")
+    return Path(os.environ["MINILLM_TEST_DATA"])
