@@ -1,0 +1,112 @@
+"""Who this process is among the others, what device it computes on, and how numbers are summed over ranks.
+
+One process is the case of one rank of the same code: nothing else in the package asks how many there are.
+"""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+# Dense bf16 peaks in FLOP/s, from the makers' datasheets; the first name found in the device's name counts.
+DATASHEET_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
+
+
+@dataclass(frozen=True)
+class Context:
+    """This process's place: data-parallel rank and size, and its device."""
+
+    device: torch.device
+    dp_rank: int = 0
+    dp_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes what is written once."""
+        return self.dp_rank == 0
+
+    def sum(self, value: torch.Tensor | float) -> torch.Tensor | float:
+        """The sum over the data-parallel ranks."""
+        return value
+
+
+@contextmanager
+def connect(device: str = "auto") -> Iterator[Context]:
+    """The context of this process. Raises ValueError for a device that is not there.
+
+    Args: device: "auto" (the accelerator if there is one, else the CPU) or a torch device name such as "cuda:1".
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training runs on one process; start it without torchrun"
+        )
+    yield Context(find_device(device))
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, "auto" being the best one here. Raises ValueError when it cannot compute."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"run.device: {name!r} cannot be used here ({reason}); auto finds what can") from None
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; a CPU is never behind."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 0.05) -> float:
+    """Measured FLOP/s of a square matrix product."""
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    a @ a  # the first call pays for loading the kernel
+    synchronize(device)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds or count < 2:
+        a @ a
+        synchronize(device)
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - start)
+
+
+def best_precision(device: torch.device) -> str:
+    """What `precision = auto` means: "bf16" where the device multiplies it faster than fp32, else "fp32".
+
+    Measured rather than looked up: a CPU without bf16 units takes it too, some 100 times slower than fp32.
+    """
+    size = 256 if device.type == "cpu" else 2048
+    try:
+        return (
+            "bf16" if matmul_flops(device, torch.bfloat16, size) > matmul_flops(device, torch.float32, size) else "fp32"
+        )
+    except RuntimeError:
+        return "fp32"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The FLOP/s that MFU is a share of: the datasheet's for a known device in half precision, else a measured matmul."""
+    if device.type != "cpu" and dtype in (torch.bfloat16, torch.float16):
+        name = getattr(torch.get_device_module(device), "get_device_name", lambda _: "")(device)
+        for key, flops in DATASHEET_BF16.items():
+            if key in name:
+                return flops
+    return matmul_flops(device, dtype, 1024 if device.type == "cpu" else 4096, seconds=0.2)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of the device where it counts them, else of the process."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

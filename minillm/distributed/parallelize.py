@@ -1,0 +1,44 @@
+"""What is applied to a finished model from outside, in this order: activation checkpointing, compile.
+
+The model knows nothing of it; it only has to offer `blocks`, each with an `attn`.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is spread over processes."""
+
+    strategy: Annotated[Literal["auto"], "how ranks share the model; one process has nothing to share"] = "auto"
+
+
+def parallelize(
+    model: nn.Module,
+    activation_checkpointing: Literal["none", "selective", "full"] = "none",
+    compile: bool = False,
+) -> nn.Module:
+    """Apply activation checkpointing and compilation, block by block, in place.
+
+    Args: activation_checkpointing: "selective" recomputes attention in the backward pass, whose activations are many
+        for the little work they cost (Korthikanti et al. 2022, section 5); "full" recomputes whole blocks and keeps
+        only their inputs. Parameter names stay as they are.
+    """
+    for index, block in enumerate(model.blocks):
+        if activation_checkpointing == "selective":
+            block.attn = checkpoint_wrapper(block.attn)
+        elif activation_checkpointing == "full":
+            block = model.blocks[index] = checkpoint_wrapper(block)
+        if compile:
+            block.compile()
+    return model
+
+
+def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by the names they had before any wrapping; tied ones once."""
+    prefix = "_checkpoint_wrapped_module."
+    return {name.replace(prefix, ""): parameter for name, parameter in model.named_parameters()}
