@@ -1,0 +1,163 @@
+"""Attention: one rule of who sees whom, a plain reference for it, and the fast paths that must agree with it.
+
+Shapes: B batch, T queries, S keys (T, or more where a cache holds earlier ones), D dim, H heads, K key/value heads,
+d head_dim.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillm.model.config import ModelConfig
+from minillm.model.layers import RMSNorm
+
+
+class Cache(Protocol):
+    """Keys and values of earlier tokens of one block, as generation keeps them."""
+
+    length: int  # tokens held before this forward
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes the new (B, K, T, d), returns all of them (B, K, S, d)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Who sees whom, the same in every block: made once a forward by `make_mask`.
+
+    The rule: query i, standing at `offset + i` among the keys, sees key j if j <= offset + i (only where `causal`)
+    and if both are in the same document (only where there are `doc_ids`). `path` is how `attend` carries it out.
+    """
+
+    causal: bool
+    offset: int = 0
+    doc_ids: Tensor | None = None  # (B, S)
+    path: str = "reference"  # or causal, full, dense, documents
+    dense: Tensor | None = None  # (B or 1, 1, T, S), True where the query sees the key; for the dense path
+    lengths: tuple[int, ...] = ()  # of each document, row after row; for the documents path
+
+
+def number_documents(doc_ids: Tensor) -> Tensor:
+    """Renumbers each row 0, 1, 2...: a document is a run of equal ids, and an id that comes back begins another.
+
+    (B, S) -> (B, S)
+    """
+    changes = doc_ids[:, 1:] != doc_ids[:, :-1]
+    return F.pad(changes.cumsum(dim=1), (1, 0))
+
+
+def restart_positions(doc_ids: Tensor) -> Tensor:
+    """Positions that count from 0 in each document. (B, S) -> (B, S)"""
+    index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand_as(doc_ids)
+    starts = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def make_mask(causal: bool, T: int, offset: int = 0, doc_ids: Tensor | None = None, device=None) -> Mask:
+    """Chooses the fastest path for the rule and prepares what it needs; `doc_ids` (B, offset + T) numbered by row."""
+    if doc_ids is None:
+        if not causal or T == 1:  # a single new token sees everything before it
+            return Mask(causal, offset, path="full")
+        if offset == 0:
+            return Mask(causal, path="causal")
+        return Mask(causal, offset, path="dense", dense=visible(causal, T, offset, doc_ids, device))
+    if doc_ids.device.type == "cpu" and offset == 0:
+        lengths = document_lengths(doc_ids)
+        if len(lengths) == doc_ids.shape[0]:  # one document a row: nothing to keep apart
+            return make_mask(causal, T)
+        return Mask(causal, doc_ids=doc_ids, path="documents", lengths=lengths)
+    return Mask(causal, offset, doc_ids, "dense", visible(causal, T, offset, doc_ids, device))
+
+
+def visible(causal: bool, T: int, offset: int, doc_ids: Tensor | None, device=None) -> Tensor:
+    """The rule written out: True where the query sees the key. (B or 1, 1, T, S)"""
+    seen = torch.ones(1, 1, T, offset + T, dtype=torch.bool, device=device)
+    if causal:
+        seen = seen.tril(diagonal=offset)
+    if doc_ids is not None:
+        seen = seen & (doc_ids[:, None, offset:, None] == doc_ids[:, None, None, :])
+    return seen
+
+
+def document_lengths(doc_ids: Tensor) -> tuple[int, ...]:
+    """Length of each document of each row, row after row; the ids must be numbered."""
+    starts = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+    borders = starts.flatten().nonzero().flatten().tolist()
+    return tuple(stop - start for start, stop in zip(borders, [*borders[1:], doc_ids.numel()]))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over the keys that each query may see.
+
+    Args: q (B, H, T, d); k, v (B, K, S, d), K dividing H: query heads share key/value heads in groups.
+    Returns: (B, H, T, d). Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023.
+    """
+    if mask.path == "reference":
+        return attend_reference(q, k, v, mask, dropout)
+    if mask.path == "documents":
+        return attend_documents(q, k, v, mask, dropout)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask.dense, dropout_p=dropout, is_causal=mask.path == "causal", enable_gqa=grouped
+    )
+
+
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
+    """The definition, line by line: what every other path is tested against."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, d)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, S)
+    seen = visible(mask.causal, q.shape[2], mask.offset, mask.doc_ids, q.device)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    return F.dropout(weights, dropout) @ v  # (B, H, T, d)
+
+
+@torch.compiler.disable  # the lengths differ in every batch: compiled, each batch would be compiled anew
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
+    """Attention of each packed document by itself, so that no time goes into pairs that may not see each other."""
+    B, H, T, d = q.shape
+
+    def by_document(x: Tensor) -> tuple[Tensor, ...]:
+        rows = x.transpose(1, 2).reshape(B * T, -1, d)  # (B*T, H, d): the documents of all rows in one line
+        return rows.split(mask.lengths)  # one node for autograd, where slices would be a full-size gradient each
+
+    pieces = [
+        F.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in document),  # (1, H, t, d)
+            dropout_p=dropout,
+            is_causal=mask.causal,
+            enable_gqa=k.shape[1] != H,
+        )[0].transpose(0, 1)  # (t, H, d)
+        for document in zip(by_document(q), by_document(k), by_document(v))
+    ]
+    return torch.cat(pieces).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
+
+
+class Attention(nn.Module):
+    """Every token asks (q) what the tokens it sees offer (k), and takes a weighted mean of what they hold (v)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=config.o_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rope, mask: Mask, cache: Cache | None = None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d); -1: a tp rank has fewer heads
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, d)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, d)
+        q, k = rope(self.q_norm(q)), rope(self.k_norm(k))
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, K, S, d)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, d)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
