@@ -1,7 +1,10 @@
 """What a model is: the shape and the options of a Transformer, as one frozen dataclass."""
 
-from dataclasses import dataclass, fields
+import dataclasses
+from dataclasses import dataclass
 from typing import Annotated, Literal
+
+from minillm.config import checked, fields_of
 
 FFN_MULTIPLE = 64  # widths that are multiples of 64 keep matrix kernels at full speed
 
@@ -37,10 +40,17 @@ class ModelConfig:
     vocab_multiple: Annotated[int, "pad the rows of embed and lm_head to a multiple of this", ">= 1"] = 1
 
     def __post_init__(self):
+        problems = []
+        for field in fields_of(ModelConfig):
+            try:
+                object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
+            except ValueError as error:
+                problems.append(f"{field.name}: {error}")
+        problems = problems or impossible_combinations(self)
+        if problems:
+            raise ValueError("\n".join(problems))
         for name, value in derived_fields(self).items():
             object.__setattr__(self, name, value)
-        if problems := find_problems(self):
-            raise ValueError("\n".join(problems))
 
     @property
     def padded_vocab_size(self) -> int:
@@ -57,55 +67,33 @@ class ModelSection(ModelConfig):
     path: Annotated[str | None, "run or folder whose weights to start from"] = None
 
     def __post_init__(self):
-        # None stays None here: a section is a request, and a later override may still change what follows from it
+        # None stays None: a section is a request, and a later override may still change what follows from it
         self.to_config(vocab_size=self.vocab_size or 1)
 
     def to_config(self, **changes) -> ModelConfig:
         """The finished ModelConfig of this request; `changes` override fields (vocab_size, once it is known)."""
-        values = {field.name: getattr(self, field.name) for field in fields(ModelConfig)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelConfig)}
         return ModelConfig(**{**values, **changes})
+
+
+def impossible_combinations(config: ModelConfig) -> list[str]:
+    """One line, starting with the field's name, for each group of values that no model could be built from."""
+    problems = []
+    n_kv_heads = config.n_kv_heads or config.n_heads
+    head_dim = config.head_dim or config.dim // config.n_heads
+    if config.head_dim is None and config.dim % config.n_heads:
+        problems.append(f"n_heads: {config.n_heads} does not divide dim {config.dim}; change one, or set head_dim")
+    elif config.position == "rope" and head_dim % 2:
+        problems.append(f"head_dim: {head_dim} is odd, and RoPE turns pairs of numbers; make it even")
+    if config.n_heads % n_kv_heads:
+        problems.append(f"n_kv_heads: {n_kv_heads} does not divide n_heads {config.n_heads}; change one")
+    return problems
 
 
 def derived_fields(config: ModelConfig) -> dict[str, int]:
     """Values of the fields that were left at None."""
-    derived = {}
-    if config.n_kv_heads is None:
-        derived["n_kv_heads"] = config.n_heads
-    if config.head_dim is None and config.n_heads > 0:
-        derived["head_dim"] = config.dim // config.n_heads
-    if config.ffn_dim is None and config.mlp == "swiglu":
-        # three matrices of 8/3 dim hold as many parameters as GELU's two of 4 dim (Shazeer 2020, section 3)
-        derived["ffn_dim"] = -(-8 * config.dim // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
-    elif config.ffn_dim is None:
-        derived["ffn_dim"] = 4 * config.dim
-    return derived
-
-
-def find_problems(config: ModelConfig) -> list[str]:
-    """One line, starting with the field's name, for everything that no model could be built from."""
-    problems = []
-    for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len"):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            problems.append(f"{name}: must be a whole number of at least 1, not {value!r}")
-    if problems:  # what follows divides by them
-        return problems
-    if config.dim % config.n_heads and config.head_dim * config.n_heads < config.dim:
-        problems.append(f"n_heads: {config.n_heads} does not divide dim {config.dim}; change one, or set head_dim")
-    if config.n_heads % config.n_kv_heads:
-        problems.append(f"n_kv_heads: {config.n_kv_heads} does not divide n_heads {config.n_heads}")
-    if config.position == "rope" and config.head_dim % 2:
-        problems.append(f"head_dim: RoPE turns pairs of numbers, so {config.head_dim} must be even")
-    for name, allowed in (
-        ("norm", ("rmsnorm", "layernorm")),
-        ("position", ("rope", "learned", "none")),
-        ("mlp", ("swiglu", "gelu")),
-    ):
-        if getattr(config, name) not in allowed:
-            problems.append(f"{name}: {getattr(config, name)!r} is not one of {', '.join(allowed)}")
-    for name in ("norm_eps", "rope_theta", "vocab_multiple"):
-        if not getattr(config, name) > 0:
-            problems.append(f"{name}: must be greater than 0, not {getattr(config, name)}")
-    if not 0 <= config.dropout < 1:
-        problems.append(f"dropout: must be at least 0 and less than 1, not {config.dropout}")
-    return problems
+    # SwiGLU's three matrices of 8/3 dim hold as many numbers as GELU's two of 4 dim (Shazeer 2020, section 3)
+    swiglu_dim = -(-8 * config.dim // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
+    ffn_dim = swiglu_dim if config.mlp == "swiglu" else 4 * config.dim
+    defaults = {"n_kv_heads": config.n_heads, "head_dim": config.dim // config.n_heads, "ffn_dim": ffn_dim}
+    return {name: value for name, value in defaults.items() if getattr(config, name) is None}
