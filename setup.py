@@ -3,7 +3,6 @@ from setuptools import find_packages, setup
 CORE = ["torch>=2.11", "numpy", "sentencepiece", "safetensors", "tqdm"]
 EXTRAS = {
     "test": ["pytest", "ruff", "transformers"],
-    "plot": ["matplotlib"],
     "bench": ["transformers"],
 }
 
