@@ -3,8 +3,11 @@
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,10 +85,44 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def progress(total: int, start: int, description: str) -> tqdm:
-    """A bar over steps on standard error: done, rate and time left, with figures set by `set_postfix`."""
+def progress(total: int, start: int, description: str, show: bool = True) -> tqdm:
+    """A bar over steps on standard error: done, rate and time left, with figures set by `set_postfix_str`."""
     layout = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-    return tqdm(total=total, initial=start, desc=description, bar_format=layout, dynamic_ncols=True, smoothing=0.05)
+    return tqdm(
+        total=total,
+        initial=start,
+        desc=description,
+        bar_format=layout,
+        dynamic_ncols=True,
+        smoothing=0.05,
+        disable=not show,
+    )
+
+
+class Clock:
+    """Seconds spent in the blocks it times, and the rate of tokens since it was last asked."""
+
+    def __init__(self, tokens: int):
+        self.last = self.seconds = self.marked_seconds = 0.0
+        self.first_tokens = self.marked_tokens = tokens
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time the block."""
+        start = time.perf_counter()
+        yield
+        self.last = time.perf_counter() - start
+        self.seconds += self.last
+
+    def rate(self, tokens: int) -> float:
+        """Tokens per second since the last call."""
+        rate = (tokens - self.marked_tokens) / max(self.seconds - self.marked_seconds, 1e-9)
+        self.marked_seconds, self.marked_tokens = self.seconds, tokens
+        return rate
+
+    def mean_rate(self, tokens: int) -> float:
+        """Tokens per second since the clock was made."""
+        return (tokens - self.first_tokens) / max(self.seconds, 1e-9)
 
 
 def curve(rows: Iterable[dict[str, Any]], width: int = 72, height: int = 12) -> str:
@@ -116,3 +153,23 @@ def average(points: Sequence[tuple[int, float]], width: int) -> list[tuple[int, 
     for step, loss in points:
         columns.setdefault(step * width // (last + 1), []).append((step, loss))
     return [(column[-1][0], sum(loss for _, loss in column) / len(column)) for column in columns.values()]
+
+
+def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    """Run a command and return its exit code: 0, or 1 after one line on standard error (`--debug`: the traceback)."""
+    debug = "--debug" in argv
+    show_messages(logging.DEBUG if debug else logging.INFO)
+    try:
+        return command([word for word in argv if word != "--debug"]) or 0
+    except ValueError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # the reader of our output left (`| head`): not an error; and nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from minillm.files import explained, locked, read_json, write_atomically
+from minillm.files import explained, locked, write_atomically
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,6 @@ class RunDirectory:
         """True when a run has begun here."""
         return self.config.exists() or self.checkpoints.exists()
 
-    @property
-    def finished(self) -> bool:
-        """True when the run reached its end."""
-        return self.summary.exists() and bool(read_json(self.summary).get("finished"))
-
     def write_json(self, path: Path, value: dict[str, Any]) -> None:
         """Write one of the JSON files, whole or not at all."""
         write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -60,11 +55,12 @@ def open_run(config: RunConfig) -> Iterator[RunDirectory]:
     run = RunDirectory(config.dir)
     if run.path.exists() and not run.path.is_dir():
         raise ValueError(f"run.dir: {run.path} is a file; give a directory")
-    if run.started and config.resume == "never":
-        raise ValueError(
-            f"run.dir: {run.path} holds a run already; continue it with --run.resume auto, or choose another --run.dir"
-        )
     with explained(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
     with locked(run.path / "run.lock"):
+        if run.started and config.resume == "never":
+            raise ValueError(
+                f"run.dir: {run.path} holds a run already; "
+                "continue it with --run.resume auto, or choose another --run.dir"
+            )
         yield run

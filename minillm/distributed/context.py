@@ -95,7 +95,7 @@ def best_precision(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The FLOP/s that MFU is a share of: the datasheet's for a known device in half precision, else a measured matmul."""
+    """The FLOP/s that MFU is a share of: a known device's datasheet in half precision, else a measured matmul's."""
     if device.type != "cpu" and dtype in (torch.bfloat16, torch.float16):
         name = getattr(torch.get_device_module(device), "get_device_name", lambda _: "")(device)
         for key, flops in DATASHEET_BF16.items():

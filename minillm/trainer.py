@@ -1,0 +1,367 @@
+"""The only training loop: one step for any objective, and what a long run needs around it.
+
+It knows no model, data, loss or evaluation, only callables; `Trainer.step` is the heart and everything else serves it.
+"""
+
+import contextlib
+import math
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from minillm import checkpoint
+from minillm.distributed.context import Context, best_precision, peak_memory
+from minillm.distributed.parallelize import parameter_names
+from minillm.log import LOGGER, Clock, MetricsLog, progress
+from minillm.optim import clip_grad_norm_, optimizer_tensors
+from minillm.run import RunDirectory
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, how much a step, in which precision, how often to look and to save."""
+
+    max_steps: Annotated[int | None, "optimizer steps; none: chosen for the size of the corpus", ">= 1"] = None
+    max_tokens: Annotated[int | None, "also stop after this many tokens", ">= 1"] = None
+    max_epochs: Annotated[float | None, "also stop after this many passes over the corpus", "> 0"] = None
+    max_hours: Annotated[float | None, "also stop after this many hours", "> 0"] = None
+    batch_tokens: Annotated[int | None, "tokens a step over all ranks; none: chosen", ">= 1"] = None
+    micro_batch_size: Annotated[int | None, "sequences a forward; none: as many as fit well", ">= 1"] = None
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 where the device is fast at it"] = "auto"
+    activation_checkpointing: Annotated[
+        Literal["none", "selective", "full"], "recompute nothing, attention, or whole blocks to save memory"
+    ] = "none"
+    compile: Annotated[bool, "compile each block (minutes at the start, faster steps after)"] = False
+    eval_every: Annotated[int | None, "steps between evaluations; none: ten a run", ">= 1"] = None
+    save_every: Annotated[int | None, "steps between checkpoints; none: five a run", ">= 1"] = None
+    keep_last: Annotated[int, "checkpoints kept", ">= 1"] = 2
+    max_bad_steps: Annotated[int, "non-finite steps in a row after which the run stops", ">= 1"] = 10
+
+
+class Objective(Protocol):
+    """What is minimised: `count` units of the batch, and the sum of their losses with (sum, count) metrics."""
+
+    def count(self, batch: Any) -> int: ...
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, tuple[Any, Any]]]: ...
+
+
+class Loader(Protocol):
+    """Where batches come from: a pure function of how many samples the run has consumed."""
+
+    samples_per_step: int
+    samples_per_epoch: int
+    tokens_per_step: int
+
+    def batches(self, cursor: int) -> Sequence[Any]: ...
+
+
+class NonFiniteError(ValueError):
+    """The loss or the gradient was not a finite number for too many steps in a row."""
+
+
+@dataclass
+class Progress:
+    """What a run has done so far: with the tensors, all that a checkpoint has to hold."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    bad_steps_in_a_row: int = 0
+    best_val_loss: float | None = None
+    best_step: int | None = None
+
+
+def total_steps(config: TrainConfig, loader: Loader) -> int:
+    """The step at which a run ends, from whichever of max_steps, max_tokens and max_epochs comes first."""
+    limits = [
+        config.max_steps,
+        config.max_tokens and math.ceil(config.max_tokens / loader.tokens_per_step),
+        config.max_epochs and math.ceil(config.max_epochs * loader.samples_per_epoch / loader.samples_per_step),
+    ]
+    if not any(limits):
+        raise ValueError("train.max_steps: no end is set; give train.max_steps, train.max_tokens or train.max_epochs")
+    return min(limit for limit in limits if limit)
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int, dp_rank: int) -> int:
+    """A 63-bit seed that differs wherever one of the four does: each is folded in by a multiply-xor round."""
+    mixed = seed
+    for value in (step, micro_batch, dp_rank):
+        mixed = (mixed ^ value) * 0x9E3779B97F4A7C15 % 2**64  # 2**64 / golden ratio (Knuth, TAOCP 3, 6.4)
+        mixed ^= mixed >> 29
+    return mixed >> 1
+
+
+class Trainer:
+    """Trains a model on an objective: `fit` runs to the end, `step` does one optimizer step.
+
+    Args:
+        loader: gives this rank's micro-batches of a step. objective: see Objective.
+        steps: where the run ends. lr_at: learning rate of the step of that index, from 0.
+        evaluate: returns {"val_loss": ..., "val_bpb": ...}. run: where metrics and checkpoints go; None: nowhere.
+        flops_per_token, peak_flops: what MFU is made of. identity: what a checkpoint must agree on to be resumed
+            (tokenizer hash, data fingerprint). config_dict: the resolved configuration, kept in each checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        loader: Loader,
+        config: TrainConfig,
+        *,
+        steps: int,
+        lr_at: Callable[[int], float],
+        dist: Context,
+        grad_clip: float | None = 1.0,
+        seed: int = 0,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        run: RunDirectory | None = None,
+        log_every: int = 1,
+        flops_per_token: float = 0.0,
+        peak_flops: float = 0.0,
+        identity: dict[str, str] | None = None,
+        config_dict: dict[str, Any] | None = None,
+    ):
+        self.model, self.optimizer, self.objective, self.loader = model, optimizer, objective, loader
+        self.config, self.steps, self.lr_at, self.dist = config, steps, lr_at, dist
+        self.grad_clip, self.seed, self.evaluate, self.run, self.log_every = grad_clip, seed, evaluate, run, log_every
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.identity, self.config_dict = identity or {}, config_dict or {}
+        self.parameters = parameter_names(model)
+        self.progress = Progress()
+        self.stop_signal: str | None = None
+        precision = best_precision(dist.device) if config.precision == "auto" else config.precision
+        self.dtype = DTYPES[precision]
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=precision == "fp16")
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step over the next samples; returns loss, lr and grad_norm.
+
+        The gradient is that of the mean over all units of the global batch, however they fall into micro-batches and
+        ranks. A step without units, or with a non-finite loss or gradient, leaves weights and moments untouched.
+        """
+        at, dist = self.progress, self.dist
+        micro_batches = self.loader.batches(at.samples)
+        n = dist.sum(sum(self.objective.count(batch) for batch in micro_batches))
+        figures = {"loss": None, "lr": self.lr_at(at.step), "grad_norm": None}
+        if not n:
+            LOGGER.warning("step %d has no targets to train on; skipped", at.step + 1)
+            self.advance(skipped=True)
+            return figures
+
+        losses, totals = [], {}
+        for i, batch in enumerate(micro_batches):
+            torch.manual_seed(dropout_seed(self.seed, at.step, i, dist.dp_rank))
+            with self.autocast():
+                loss_sum, metrics = self.objective(self.model, batch)
+            self.scaler.scale(loss_sum * (dist.dp_size / n)).backward()
+            losses.append(loss_sum.detach())
+            for name, pair in metrics.items():
+                totals.setdefault(name, []).append(torch.as_tensor(pair, dtype=torch.float64, device="cpu"))
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = clip_grad_norm_(self.parameters.values(), self.grad_clip)
+        figures["loss"] = float(dist.sum(torch.stack(losses).cpu().double().sum())) / n
+        figures["grad_norm"] = float(grad_norm)
+        for name, pairs in totals.items():
+            total, count = dist.sum(torch.stack(pairs).sum(0)).tolist()
+            figures[name] = total / count if count else None
+
+        applied = math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
+        if applied:
+            for group in self.optimizer.param_groups:
+                group["lr"] = figures["lr"] * group.get("lr_scale", 1.0)
+            self.scaler.step(self.optimizer)
+            at.bad_steps_in_a_row = 0
+        else:
+            self.report_skip(figures)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.advance(skipped=not applied)
+        if at.bad_steps_in_a_row >= self.config.max_bad_steps:
+            raise NonFiniteError(
+                f"step {at.step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}: not finite for "
+                f"{at.bad_steps_in_a_row} steps in a row (train.max_bad_steps), at learning rate {figures['lr']:g}; "
+                "the weights saved are those before them. Lower optim.lr or lengthen optim.warmup_steps"
+            )
+        return figures
+
+    def advance(self, skipped: bool) -> None:
+        """Count a step that is over."""
+        at = self.progress
+        at.step += 1
+        at.samples += self.loader.samples_per_step
+        at.tokens += self.loader.tokens_per_step
+        at.skipped_steps += skipped
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Matrix products in the run's precision; everything is fp32 where that is fp32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.dist.device.type, self.dtype)
+
+    def report_skip(self, figures: dict[str, float]) -> None:
+        """Name what was not finite in a step that is not applied, and count the ones in a row."""
+        step = self.progress.step + 1
+        loss_is_finite = math.isfinite(figures["loss"])
+        if self.scaler.is_enabled() and loss_is_finite and self.scaler.get_scale() > 1:
+            LOGGER.info("step %d: fp16 overflow at loss scale %g; skipped", step, self.scaler.get_scale())
+            return
+        self.progress.bad_steps_in_a_row += 1
+        bad = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+        where = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        what = f"the gradient is not finite in {where}" if loss_is_finite else f"the loss is {figures['loss']}"
+        LOGGER.warning("step %d: %s; skipped", step, what)
+
+    # --- a whole run --------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end, to a signal, or to max_hours; evaluate, log and save on the way. Returns the summary.
+
+        SIGTERM or Ctrl-C ends the step under way, saves, and returns; a second Ctrl-C interrupts at once.
+        """
+        at, config = self.progress, self.config
+        eval_every = config.eval_every or math.ceil(self.steps / 10)
+        save_every = config.save_every or math.ceil(self.steps / 5)
+        clock = Clock(at.tokens)
+        row: dict[str, Any] = {}
+        with self.signals(), self.outputs() as (bar, log):
+            while not self.done():
+                try:
+                    with clock.running():
+                        figures = self.step()
+                except NonFiniteError:
+                    self.save_if_kept()
+                    raise
+                at.seconds += clock.last
+                ends = at.step == self.steps
+                validation = {}
+                if self.evaluate and not self.stop_signal and (at.step % eval_every == 0 or ends):
+                    validation = self.evaluation()
+                if validation or at.step % self.log_every == 0 or ends:
+                    row = self.row(figures, clock.rate(at.tokens), validation)
+                    log(row)
+                    self.show(bar, row)
+                bar.update(1)
+                if at.step % save_every == 0 or self.done():
+                    self.save_if_kept()
+        return self.finish(row, clock)
+
+    def done(self) -> bool:
+        """True at the last step, when the hours are over, or when a signal came."""
+        if self.config.max_hours and self.progress.seconds >= self.config.max_hours * 3600:
+            return True
+        return self.progress.step >= self.steps or self.stop_signal is not None
+
+    def evaluation(self) -> dict[str, float]:
+        """Evaluate now and remember the best."""
+        figures, at = self.evaluate(), self.progress
+        if at.best_val_loss is None or figures["val_loss"] < at.best_val_loss:
+            at.best_val_loss, at.best_step = figures["val_loss"], at.step
+        return {key: figures[key] for key in ("val_loss", "val_bpb") if key in figures}
+
+    def row(self, figures: dict[str, float], rate: float, validation: dict[str, float]) -> dict[str, Any]:
+        """One row of metrics.jsonl."""
+        at = self.progress
+        mfu = rate * self.flops_per_token / self.peak_flops if self.peak_flops else None
+        speed = {"tokens_per_second": round(rate, 1), "mfu": mfu and round(mfu, 4)}
+        return {"step": at.step, "tokens": at.tokens, **figures, **speed, **validation, "time": round(at.seconds, 3)}
+
+    @contextlib.contextmanager
+    def outputs(self) -> Iterator[tuple[Any, Callable[[dict[str, Any]], None]]]:
+        """The progress bar, and where rows of metrics go: on the main rank only."""
+        with progress(self.steps, self.progress.step, "train", show=self.dist.is_main) as bar:
+            if not (self.run and self.dist.is_main):
+                yield bar, lambda row: None
+                return
+            with contextlib.closing(MetricsLog(self.run.metrics, self.progress.step)) as log:
+                yield bar, log.write
+
+    def show(self, bar: Any, row: dict[str, Any]) -> None:
+        """Put a row on the progress bar; a validation gets a line of its own."""
+        loss = "none" if row["loss"] is None else f"{row['loss']:.3f}"
+        bar.set_postfix_str(f"loss {loss}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False)
+        if "val_loss" in row:
+            bpb = f", {row['val_bpb']:.3f} bits per byte" if "val_bpb" in row else ""
+            LOGGER.info("step %d: train loss %s, val loss %.4f%s", row["step"], loss, row["val_loss"], bpb)
+
+    def finish(self, row: dict[str, Any], clock: Clock) -> dict[str, Any]:
+        """Write and return the summary of the run."""
+        at = self.progress
+        summary = {
+            "finished": self.stop_signal is None,
+            "stopped_by": self.stop_signal or ("train.max_steps" if at.step >= self.steps else "train.max_hours"),
+            **row,
+            **{key: getattr(at, key) for key in ("step", "tokens", "best_val_loss", "best_step", "skipped_steps")},
+            "hours": round(at.seconds / 3600, 4),
+            "mean_tokens_per_second": round(clock.mean_rate(at.tokens), 1),
+            "peak_memory_bytes": peak_memory(self.dist.device),
+            "parameters": sum(parameter.numel() for parameter in self.parameters.values()),
+        }
+        if self.run and self.dist.is_main:
+            self.run.write_json(self.run.summary, summary)
+        return summary
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Turn the first SIGTERM or Ctrl-C into a request to stop after the step under way."""
+
+        def request(number: int, _: Any) -> None:
+            if self.stop_signal and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_signal = signal.Signals(number).name
+            LOGGER.info("%s: saving after this step", self.stop_signal)
+
+        before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the run by name: the parameters, and the optimizer's state of each."""
+        return dict(self.parameters) | optimizer_tensors(self.optimizer, self.parameters)
+
+    def save_if_kept(self) -> None:
+        """Commit a checkpoint where the run has a directory."""
+        if self.run:
+            self.save()
+
+    def save(self) -> Path:
+        """Commit a checkpoint of this step; returns its directory."""
+        state = {
+            "progress": vars(self.progress),
+            "scaler": self.scaler.state_dict(),
+            "config": self.config_dict,
+            **self.identity,
+        }
+        return checkpoint.save(self.run.checkpoints, self.progress.step, self.tensors(), state, self.config.keep_last)
+
+    def resume(self, path: str | Path) -> None:
+        """Continue from a checkpoint. Raises ValueError when it is damaged or of another model, tokenizer or data."""
+        state, _ = checkpoint.read(path)
+        for key, value in self.identity.items():
+            if state.get(key) != value:
+                raise ValueError(
+                    f"{path}: its {key.replace('_', ' ')} is {state.get(key)}, this run's is {value}; "
+                    "resume with the data and tokenizer that the run began with"
+                )
+        checkpoint.load_tensors(path, self.tensors())
+        self.progress = Progress(**state["progress"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])

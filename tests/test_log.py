@@ -1,0 +1,69 @@
+"""What a run says: rows that survive a crash, a curve that shows the loss, one line for a mistake."""
+
+import json
+
+import pytest
+
+from minillm.log import Clock, MetricsLog, curve, read_metrics, run_command
+
+
+def rows(n):
+    return [{"step": step, "loss": 4 / step} for step in range(1, n + 1)]
+
+
+def test_rows_come_back_as_written(tmp_path):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    for row in rows(3):
+        log.write(row)
+    log.close()
+    assert read_metrics(tmp_path / "m.jsonl") == rows(3)
+
+
+def test_opening_at_a_step_drops_later_rows_and_a_row_cut_short(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(5)) + '{"step": 6, "lo')
+    log = MetricsLog(path, step=3)
+    log.write({"step": 4, "loss": 9})
+    log.close()
+    assert read_metrics(path) == [*rows(3), {"step": 4, "loss": 9}]
+
+
+def test_a_broken_row_is_named(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step" 2}\n')
+    with pytest.raises(ValueError, match=r"m\.jsonl:2: not a row of metrics"):
+        read_metrics(path)
+
+
+def test_the_curve_falls_from_left_to_right_and_marks_validation():
+    lines = curve([*rows(50), {"step": 25, "loss": 0.16, "val_loss": 2.0}]).splitlines()
+    assert lines[0].startswith("   4.000 ┤ ·")
+    assert any("o" in line for line in lines[:-1])
+    assert lines[-3].rstrip().endswith("·")
+    assert "step 0" in lines[-1]
+    assert "50" in lines[-1]
+
+
+@pytest.mark.parametrize("losses", [[], [1.0], [2.0, 2.0], [None, 1.0, 2.0]])
+def test_a_curve_of_few_or_equal_points_does_not_fail(losses):
+    curve([{"step": step + 1, "loss": loss} for step, loss in enumerate(losses)])
+
+
+def test_the_clock_counts_only_its_blocks():
+    clock = Clock(tokens=100)
+    with clock.running():
+        pass
+    assert clock.seconds == clock.last < 0.5
+    assert clock.rate(200) > 0
+    assert clock.rate(200) == 0
+
+
+def test_a_mistake_is_one_line_and_a_non_zero_exit(capsys):
+    def fail(argv):
+        raise ValueError("x.txt:3: broken")
+
+    assert run_command(fail, []) == 1
+    assert capsys.readouterr().err == "error: x.txt:3: broken\n"
+    with pytest.raises(ValueError, match="broken"):
+        run_command(fail, ["--debug"])
+    assert run_command(lambda argv: None, []) == 0

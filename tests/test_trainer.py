@@ -1,0 +1,257 @@
+"""The loop's promises, on a linear model: exact accumulation, nothing lost, nothing half-applied."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from minillm import checkpoint
+from minillm.distributed.context import Context
+from minillm.log import read_metrics
+from minillm.run import RunDirectory
+from minillm.trainer import NonFiniteError, TrainConfig, Trainer, dropout_seed, total_steps
+
+STEPS = 12
+
+
+class Rows:
+    """A loader of (x, y, weight) rows; row k is a function of k, and some rows have no target."""
+
+    samples_per_step, samples_per_epoch, tokens_per_step = 6, 60, 6
+
+    def __init__(self, micro_batch_size=6, poison=None, ignored_steps=()):
+        self.micro_batch_size, self.poison, self.ignored_steps = micro_batch_size, poison, ignored_steps
+
+    def batches(self, cursor):
+        step = cursor // self.samples_per_step
+        generator = torch.Generator().manual_seed(cursor)
+        x = torch.randn(6, 4, generator=generator)
+        y = x.sum(1, keepdim=True) + 0.1
+        counted = (torch.arange(6) % 3 != 1) & torch.tensor(step not in self.ignored_steps)
+        if self.poison and step in self.poison:
+            y[0] = math.nan
+        return [
+            tuple(t[i : i + self.micro_batch_size] for t in (x, y, counted)) for i in range(0, 6, self.micro_batch_size)
+        ]
+
+
+class SquaredError:
+    def count(self, batch):
+        return int(batch[2].sum())
+
+    def __call__(self, model, batch):
+        x, y, counted = batch
+        losses = (model(x) - y).square().squeeze(1).float() * counted
+        return losses.sum(), {"close": ((losses < 1).sum(), len(losses))}
+
+
+def make_trainer(directory=None, loader=None, steps=STEPS, dropout=0.0, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    fields = {"max_steps": steps, "precision": "fp32", "save_every": 5, "eval_every": 4}
+    fields |= {name: options.pop(name) for name in list(options) if name in TrainConfig.__dataclass_fields__}
+    return Trainer(
+        model,
+        optimizer,
+        SquaredError(),
+        loader or Rows(),
+        TrainConfig(**fields),
+        steps=steps,
+        lr_at=lambda step: 1e-2 * (1 - step / 100),
+        dist=Context(torch.device("cpu")),
+        run=RunDirectory(directory) if directory else None,
+        **options,
+    )
+
+
+def prepared(path):
+    (path / "checkpoints").mkdir(parents=True)
+    return path
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+
+
+def assert_bitwise_equal(one, other):
+    assert one.keys() == other.keys()
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def untimed(rows):
+    return [{key: value for key, value in row.items() if key not in ("time", "tokens_per_second")} for row in rows]
+
+
+def test_training_lowers_the_loss():
+    trainer = make_trainer(steps=200)
+    first = trainer.step()["loss"]
+    assert trainer.fit()["loss"] < first / 10
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_accumulation_does_not_change_the_gradient(micro_batch_size):
+    """Also where micro-batches hold unequal numbers of targets, some none at all."""
+    whole, parts = make_trainer(), make_trainer(loader=Rows(micro_batch_size))
+    a, b = whole.step(), parts.step()
+    assert a == pytest.approx(b, rel=1e-5)
+    for name, tensor in whole.tensors().items():
+        torch.testing.assert_close(parts.tensors()[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_the_logged_loss_is_the_mean_over_the_units_of_the_whole_batch():
+    trainer = make_trainer(loader=Rows(2))
+    with torch.no_grad():
+        sums = [SquaredError()(trainer.model, batch)[0].item() for batch in Rows().batches(0)]
+    figures = trainer.step()
+    assert figures["loss"] == pytest.approx(sum(sums) / 4, rel=1e-6)
+    assert 0 <= figures["close"] <= 1
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path):
+    whole = make_trainer(prepared(tmp_path / "a"), dropout=0.5)
+    whole.fit()
+    first = make_trainer(prepared(tmp_path / "b"), dropout=0.5, steps=7)
+    first.fit()
+    second = make_trainer(tmp_path / "b", dropout=0.5)
+    second.resume(checkpoint.latest(tmp_path / "b" / "checkpoints"))
+    assert second.progress.step == 7
+    second.fit()
+    assert_bitwise_equal(weights(whole), weights(second))
+    assert untimed(read_metrics(tmp_path / "a" / "metrics.jsonl")) == untimed(
+        read_metrics(tmp_path / "b" / "metrics.jsonl")
+    )
+
+
+def test_resuming_drops_the_metrics_past_the_checkpoint(tmp_path):
+    trainer = make_trainer(prepared(tmp_path))
+    trainer.fit()
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 13, "lo')
+    again = make_trainer(tmp_path)
+    again.resume(tmp_path / "checkpoints" / "step-00000010")
+    again.fit()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def test_the_last_step_is_always_saved_and_the_summary_written(tmp_path):
+    trainer = make_trainer(prepared(tmp_path), keep_last=9)
+    trainer.fit()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert names == ["step-00000005", "step-00000010", "step-00000012"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["finished"], summary["step"], summary["skipped_steps"]) == (True, STEPS, 0)
+
+
+def test_a_non_finite_step_touches_neither_weights_nor_moments():
+    trainer = make_trainer(loader=Rows(poison=[2]))
+    trainer.step(), trainer.step()
+    before = weights(trainer)
+    figures = trainer.step()
+    assert math.isnan(figures["loss"])
+    assert_bitwise_equal(before, weights(trainer))
+    assert (trainer.progress.step, trainer.progress.skipped_steps) == (3, 1)
+    trainer.step()
+    assert trainer.progress.bad_steps_in_a_row == 0
+    assert all(tensor.isfinite().all() for tensor in trainer.tensors().values())
+
+
+def test_too_many_non_finite_steps_stop_the_run_with_a_report_and_a_checkpoint(tmp_path, caplog):
+    trainer = make_trainer(prepared(tmp_path), loader=Rows(poison=range(3, 99)), max_bad_steps=4)
+    with pytest.raises(NonFiniteError, match=r"step 7: loss nan.*4 steps in a row.*train\.max_bad_steps"):
+        trainer.fit()
+    assert "step 4: the loss is nan; skipped" in caplog.text
+    saved = checkpoint.latest(tmp_path / "checkpoints")
+    assert saved.name == "step-00000007"
+    good = make_trainer(tmp_path)
+    good.resume(saved)
+    assert all(tensor.isfinite().all() for tensor in good.tensors().values())
+
+
+def test_an_infinite_gradient_names_the_parameters(caplog):
+    trainer = make_trainer()
+    trainer.model[2].weight.register_hook(lambda gradient: gradient * math.inf)
+    before = weights(trainer)
+    trainer.step()
+    assert "step 1: the gradient is not finite in 2.weight; skipped" in caplog.text
+    assert {name: t for name, t in weights(trainer).items() if name in before}.keys() == before.keys()
+    assert all(torch.equal(weights(trainer)[name], tensor) for name, tensor in before.items())
+
+
+def test_a_step_without_targets_is_skipped():
+    trainer = make_trainer(loader=Rows(ignored_steps=[1]))
+    trainer.step()
+    before = weights(trainer)
+    assert trainer.step()["loss"] is None
+    assert_bitwise_equal(before, weights(trainer))
+    assert trainer.progress.samples == 12
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_returns(tmp_path, number):
+    class Interrupted(Rows):
+        def batches(self, cursor):
+            if cursor == 4 * self.samples_per_step:
+                os.kill(os.getpid(), number)
+            return super().batches(cursor)
+
+    trainer = make_trainer(prepared(tmp_path), loader=Interrupted())
+    summary = trainer.fit()
+    assert (summary["finished"], summary["stopped_by"], summary["step"]) == (False, signal.Signals(number).name, 5)
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step-00000005"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_fp16_scales_the_loss_and_survives_an_overflow():
+    trainer = make_trainer(precision="fp16", steps=60)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    first = trainer.step()["loss"]
+    summary = trainer.fit()
+    assert summary["loss"] < first
+    assert 0 < summary["skipped_steps"] < 50
+    assert all(tensor.dtype == torch.float32 for tensor in trainer.tensors().values())
+
+
+def test_hours_end_a_run(tmp_path):
+    summary = make_trainer(prepared(tmp_path), max_hours=1e-9).fit()
+    assert (summary["step"], summary["stopped_by"], summary["finished"]) == (1, "train.max_hours", True)
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [({"max_steps": 7}, 7), ({"max_tokens": 13}, 3), ({"max_epochs": 0.5}, 5), ({"max_steps": 4, "max_epochs": 2}, 4)],
+)
+def test_the_first_limit_ends_the_run(limits, steps):
+    assert total_steps(TrainConfig(**limits), Rows()) == steps
+
+
+def test_a_run_without_an_end_is_refused():
+    with pytest.raises(ValueError, match=r"train\.max_steps: no end is set"):
+        total_steps(TrainConfig(), Rows())
+
+
+def test_a_checkpoint_of_other_data_is_refused_before_a_weight_changes(tmp_path):
+    make_trainer(prepared(tmp_path), identity={"tokenizer_hash": "aa"}).fit()
+    other = make_trainer(tmp_path, identity={"tokenizer_hash": "bb"})
+    before = weights(other)
+    with pytest.raises(ValueError, match=r"its tokenizer hash is aa, this run's is bb"):
+        other.resume(checkpoint.latest(tmp_path / "checkpoints"))
+    assert_bitwise_equal(before, weights(other))
+
+
+def test_evaluation_happens_on_schedule_and_at_the_end(tmp_path):
+    losses = iter([3.0, 1.0, 2.0])
+    trainer = make_trainer(prepared(tmp_path), evaluate=lambda: {"val_loss": next(losses), "val_bpb": 1.0})
+    summary = trainer.fit()
+    evaluated = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
+    assert evaluated == [4, 8, 12]
+    assert (summary["best_val_loss"], summary["best_step"], summary["val_loss"]) == (1.0, 8, 2.0)
+
+
+def test_dropout_seeds_differ_by_step_micro_batch_and_rank():
+    seeds = [dropout_seed(s, t, m, r) for s in range(3) for t in range(20) for m in range(5) for r in range(4)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
