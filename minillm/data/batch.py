@@ -1,0 +1,17 @@
+"""What a model is fed: one micro-batch of rows.
+
+B batch (rows), T time (tokens a row).
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One micro-batch. `positions` and `doc_ids` are None where rows are plain stretches of text."""
+
+    tokens: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64, the token that follows; IGNORE_INDEX where nothing is to be learned
+    positions: Tensor | None = None  # (B, T) int64, restarting at 0 in every piece of a packed row
+    doc_ids: Tensor | None = None  # (B, T) int64, 0, 1, 2, ... along a packed row

@@ -1,0 +1,78 @@
+"""The order of samples: a function of (seed, k), never a state.
+
+A run reads its rows epoch after epoch, each epoch in another order. A stored shuffle would need memory for every row
+and a place in the checkpoint; a keyed permutation needs neither. It is a Feistel network: write k as a pair
+(left, right) of digits in the mixed radix (a, b), and in turn add to one digit a keyed hash of the other. Each such
+round can be undone (subtract the same hash), so the whole is a bijection of [0, a * b) whatever the hash. With
+a * b barely above n, the few results that fall outside [0, n) are sent through again until they fall inside, which
+again is a bijection ("cycle walking").
+
+Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 5 (generalised Feistel) and 3.
+"""
+
+import math
+
+import numpy as np
+
+ROUNDS = 12  # even. 4 do for large n (Luby and Rackoff 1988); with 8, some orders of 6 rows are seen too rarely
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, the step of SplitMix64
+MASK = 2**64 - 1
+
+
+def mix64(x: np.ndarray) -> np.ndarray:
+    """A 64-bit integer hash, each output bit depending on each input bit: the finaliser of SplitMix64.
+
+    Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators" (variant 13 of Stafford).
+    """
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def make_key(*numbers: int) -> int:
+    """One 64-bit key from any integers, in order: the same on every machine and version."""
+    state = np.zeros(1, np.uint64)
+    for number in numbers:
+        state = mix64((state ^ np.uint64(number & MASK)) + GOLDEN)
+    return int(state[0])
+
+
+def permute(k: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Where a keyed permutation of range(n) sends each k: int64, of the shape of k; memory does not depend on n."""
+    k = np.asarray(k)
+    assert n >= 1, n
+    assert k.size == 0 or (k.min() >= 0 and k.max() < n), (k.min(), k.max(), n)
+    a = math.isqrt(n - 1) + 1  # the smallest a with a * a >= n
+    b = -(-n // a)
+    round_keys = mix64(np.uint64(key & MASK) + GOLDEN * np.arange(1, ROUNDS + 1, dtype=np.uint64))
+    x = shuffle_digits(k.reshape(-1).astype(np.uint64), np.uint64(a), np.uint64(b), round_keys)
+    outside = x >= n
+    while outside.any():
+        x[outside] = shuffle_digits(x[outside], np.uint64(a), np.uint64(b), round_keys)
+        outside = x >= n
+    return x.astype(np.int64).reshape(k.shape)
+
+
+def shuffle_digits(x: np.ndarray, a: np.uint64, b: np.uint64, round_keys: np.ndarray) -> np.ndarray:
+    """The Feistel network: a bijection of [0, a * b)."""
+    left, right = x // b, x % b
+    for even, odd in zip(round_keys[0::2], round_keys[1::2]):
+        left = (left + mix64(right + even) % a) % a
+        right = (right + mix64(left + odd) % b) % b
+    return left * b + right
+
+
+def epochs_and_rows(first: int, count: int, rows_per_epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Samples first .. first + count - 1 of a run: (epoch, row within the epoch) of each, int64."""
+    k = np.arange(first, first + count, dtype=np.int64)
+    epochs, places = k // rows_per_epoch, k % rows_per_epoch
+    rows = np.empty_like(places)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        rows[here] = permute(places[here], rows_per_epoch, make_key(seed, epoch))
+    return epochs, rows
+
+
+def epoch_offset(epoch: int, n_tokens: int, seed: int) -> int:
+    """Where in the corpus the first row of an epoch begins."""
+    return make_key(seed, epoch, 1) % n_tokens  # the 1 tells this key from that of the order of the rows
