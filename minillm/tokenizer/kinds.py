@@ -1,0 +1,273 @@
+"""The three kinds of tokenizer: encoding, decoding, files.
+
+Ids start with the special tokens. BPE continues with 256 bytes, for what it has no piece for, then with pieces;
+`byte` continues with the 256 bytes, `char` with the characters of its corpus in order of code point.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+
+from minillm.files import explained, read_json, sha256, write_atomically
+
+# The reserved places let a later chat format name its symbols without moving any other id.
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS += tuple(f"<|reserved_{i}|>" for i in range(16 - len(SPECIAL_TOKENS)))
+
+SPACE_MARK = "\u2581"  # sentencepiece writes a space as this character, so the character itself needs another way
+LONG = 4096  # characters; sentencepiece takes about 3 times as long a byte over texts of a megabyte
+WORD_START = re.compile("(?<=[^ ]) ")
+
+
+class Tokenizer(Protocol):
+    """What the rest of minillm knows of a tokenizer."""
+
+    kind: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    special_tokens: dict[str, int]
+    hash: str  # sha256, hex, of everything that decides its ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text: never a special one, none added. Raises ValueError where the text cannot be encoded."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, the same as `encode` gives, faster. An error names the text by its number, from 0."""
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text; bytes that are no UTF-8, as where ids end inside a character, become U+FFFD."""
+
+    def token_bytes(self, id: int) -> bytes:
+        """What one id adds to the text: UTF-8, perhaps a part of a character; b"" for a special id.
+
+        To print ids as they come, feed these to `codecs.getincrementaldecoder("utf-8")("replace")`.
+        """
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json, and for BPE tokenizer.model, into a directory."""
+
+
+class TableTokenizer:
+    """What the kinds share: a table of the bytes of every id, from which decoding follows."""
+
+    kind: str
+
+    def __init__(self, table: list[bytes], special_tokens: dict[str, int], definition: dict):
+        self.table = table
+        self.vocab_size = len(table)
+        self.special_tokens = special_tokens
+        self.bos_id, self.eos_id, self.pad_id = (special_tokens[name] for name in ("<s>", "</s>", "<pad>"))
+        self.definition = {"kind": self.kind, "vocab_size": len(table), "special_tokens": list(special_tokens)}
+        self.definition |= definition
+        self.hash = definition_hash(self.definition)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        ids = [int(id) for id in ids]
+        if wrong := [id for id in ids if not 0 <= id < self.vocab_size]:
+            raise ValueError(f"token id {wrong[0]} is outside the vocabulary, 0 to {self.vocab_size - 1}")
+        names = {} if skip_special else {id: name.encode() for name, id in self.special_tokens.items()}
+        return b"".join([names.get(id, self.table[id]) for id in ids]).decode("utf-8", "replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        return self.table[id]
+
+    def save(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        with explained(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            write_atomically(directory / name, content)
+
+    def files(self) -> dict[str, bytes | str]:
+        """Name and content of each file of a saved tokenizer, in the order of writing."""
+        return {"tokenizer.json": json.dumps(self.definition | {"hash": self.hash}, indent=1) + "\n"}
+
+
+class BPETokenizer(TableTokenizer):
+    """Byte-pair encoding by a sentencepiece model, given as the bytes of its file."""
+
+    kind = "bpe"
+
+    def __init__(self, model: bytes):
+        self.model = model
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        ids = range(self.processor.get_piece_size())
+        special = {
+            self.processor.id_to_piece(i): i
+            for i in ids
+            if self.processor.is_control(i) or self.processor.is_unknown(i)
+        }
+        table = [b"" if i in special.values() else self.piece_bytes(i) for i in ids]
+        super().__init__(table, special, {"model_sha256": hashlib.sha256(model).hexdigest()})
+        self.space_mark_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+
+    def piece_bytes(self, id: int) -> bytes:
+        piece = self.processor.id_to_piece(id)
+        if self.processor.is_byte(id):  # its piece is written <0xE2>
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(SPACE_MARK, " ").encode()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        texts = listed(texts)
+        parts = [(number, part) for number, text in enumerate(texts) for part in independent_parts(text)]
+        try:
+            encoded = self.processor.encode([part for _, part in parts], num_threads=1)  # its default: all cores
+        except (RuntimeError, TypeError, UnicodeEncodeError):  # which of them depends on sentencepiece's version
+            for number, text in enumerate(texts):
+                refuse_surrogates(text, place(texts, number))
+            raise
+        batch = [[] for _ in texts]
+        for (number, part), ids in zip(parts, encoded):
+            batch[number] += self.space_mark_ids if part == SPACE_MARK else ids
+        return batch
+
+    def files(self) -> dict[str, bytes | str]:
+        # the description comes last because it names the hash of the model
+        return {"tokenizer.model": self.model, **super().files()}
+
+    def __reduce__(self):
+        return BPETokenizer, (self.model,)
+
+
+def independent_parts(text: str) -> list[str]:
+    """Parts of a text whose ids, in a row, are the ids of the text; U+2581 is a part by itself.
+
+    No piece has a space after another character, so merges never reach over the start of a space; long texts are cut
+    there.
+    """
+    if len(text) <= LONG and SPACE_MARK not in text:
+        return [text]
+    parts = []
+    for stretch in re.split(f"({SPACE_MARK})", text):
+        start = 0
+        while len(stretch) - start > LONG and (cut := WORD_START.search(stretch, start + LONG)):
+            parts.append(stretch[start : cut.start()])
+            start = cut.start()
+        parts.append(stretch[start:])
+    return parts
+
+
+class CharTokenizer(TableTokenizer):
+    """One id a character, for the characters of one corpus."""
+
+    kind = "char"
+
+    def __init__(self, characters: Iterable[str], special_tokens: Sequence[str] = SPECIAL_TOKENS):
+        characters = "".join(sorted(set(characters)))
+        special = {name: id for id, name in enumerate(special_tokens)}
+        super().__init__([b""] * len(special) + [c.encode() for c in characters], special, {"characters": characters})
+        self.ids = {c: id for id, c in enumerate(characters, len(special))}
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        texts = listed(texts)
+        try:
+            return [[self.ids[c] for c in text] for text in texts]
+        except KeyError:
+            number, text = next((n, text) for n, text in enumerate(texts) if not self.ids.keys() >= set(text))
+            refuse_surrogates(text, place(texts, number))
+            at, c = next((at, c) for at, c in enumerate(text) if c not in self.ids)
+            raise ValueError(
+                f"{place(texts, number)}character {at} is {c!r} (U+{ord(c):04X}), not one of the {len(self.ids)} "
+                "characters this tokenizer was trained on; train it on text that has it, or use kind bpe or byte"
+            ) from None
+
+
+class ByteTokenizer(TableTokenizer):
+    """One id a byte of UTF-8. Needs no training."""
+
+    kind = "byte"
+
+    def __init__(self, special_tokens: Sequence[str] = SPECIAL_TOKENS):
+        special = {name: id for id, name in enumerate(special_tokens)}
+        super().__init__([b""] * len(special) + [bytes([byte]) for byte in range(256)], special, {})
+        self.first = len(special)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        texts = listed(texts)
+        for number, text in enumerate(texts):
+            refuse_surrogates(text, place(texts, number))
+        return [[self.first + byte for byte in text.encode()] for text in texts]
+
+
+def listed(texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise TypeError("encode_batch takes a list of texts; for one text there is encode")
+    return list(texts)
+
+
+def place(texts: Sequence[str], number: int) -> str:
+    return "" if len(texts) == 1 else f"text {number}: "
+
+
+def refuse_surrogates(text: str, where: str = "") -> None:
+    """Raise ValueError for a text that has no UTF-8 form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}character {error.start} is U+{ord(text[error.start]):04X}, half of a surrogate pair, which UTF-8 "
+            "cannot hold; remove it or mend its source"
+        ) from None
+
+
+def definition_hash(definition: dict) -> str:
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer saved in a tokenizer folder, a run, or a checkpoint of a run.
+
+    Raises ValueError naming the file that is missing, damaged, or of a kind this version does not know.
+    """
+    folder = Path(path).absolute()
+    if not (folder / "tokenizer.json").exists() and folder.parent.name == "checkpoints":
+        folder = folder.parent.parent
+    description, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    if not description.exists():
+        raise ValueError(f"{path}: no tokenizer.json there; give the folder of a tokenizer, a run or a checkpoint")
+    definition = read_json(description)
+    if definition.pop("hash", None) != definition_hash(definition):
+        raise ValueError(f"{description}: damaged or edited: its hash does not fit its content")
+    match definition["kind"]:
+        case "char":
+            return CharTokenizer(definition["characters"], definition["special_tokens"])
+        case "byte":
+            return ByteTokenizer(definition["special_tokens"])
+        case "bpe":
+            if not model.exists():
+                raise ValueError(f"{model}: missing; the tokenizer.json beside it needs it")
+            if sha256(model) != definition["model_sha256"]:
+                raise ValueError(f"{model}: damaged, or not the one that the tokenizer.json beside it was saved with")
+            return BPETokenizer(model.read_bytes())
+        case kind:
+            raise ValueError(f"{description}: kind {kind!r} is unknown; this version reads bpe, char and byte")
+
+
+def describe(tokenizer: Tokenizer, text: str = "") -> str:
+    """Lines for a person: kind, size, hash, special tokens and, given a text, how many tokens it takes."""
+    facts = {
+        "kind": tokenizer.kind,
+        "vocabulary": f"{tokenizer.vocab_size:,} ids",
+        "hash": tokenizer.hash,
+        "special tokens": "  ".join(f"{id} {name}" for name, id in tokenizer.special_tokens.items()),
+    }
+    if text:
+        ids = tokenizer.encode(text)
+        n_bytes = len(text.encode())
+        facts |= {
+            "text": f"{n_bytes:,} bytes, {len(text):,} characters, {len(ids):,} tokens",
+            "a token holds": f"{n_bytes / len(ids):.2f} bytes, {len(text) / len(ids):.2f} characters",
+            "ids used": f"{len(set(ids)):,} of {tokenizer.vocab_size:,}",
+            "round trip": "exact" if tokenizer.decode(ids) == text else "NOT EXACT",
+        }
+    return "\n".join(f"{name:<15} {fact}" for name, fact in facts.items()) + "\n"
