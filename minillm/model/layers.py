@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.model.config import ModelConfig
+from minillm.model.fused import RMSNormFunction, SwiGLUFunction
 
 
 class RMSNorm(nn.Module):
@@ -22,7 +23,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.is_cpu:  # where torch has no kernel of its own
+            return RMSNormFunction.apply(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps).type_as(x)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -41,8 +44,8 @@ class Rope:
 
     def __init__(self, positions: Tensor, head_dim: int, theta: float):
         """positions: (B, T), or (1, T) where all rows share them."""
-        exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-        angles = positions[:, None, :, None] * theta**-exponents  # (B, 1, T, d/2); the 1 stands for the heads
+        exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # (d/2,)
+        angles = positions[:, None, :, None] * (1.0 / theta**exponents)  # (B, 1, T, d/2): the heads share them
         self.cos, self.sin = angles.cos(), angles.sin()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -67,7 +70,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, D) -> (B, T, F) -> (B, T, D)
+        y = SwiGLUFunction.apply(self.gate_proj(x), self.up_proj(x))  # (B, T, F): silu(gate) * up
+        return self.down_proj(y)  # (B, T, D)
 
 
 class GELU(nn.Module):
@@ -79,7 +83,8 @@ class GELU(nn.Module):
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))  # (B, T, D) -> (B, T, F) -> (B, T, D)
+        y = F.gelu(self.up_proj(x), approximate="tanh")  # (B, T, F)
+        return self.down_proj(y)  # (B, T, D)
 
 
 def make_mlp(config: ModelConfig) -> nn.Module:

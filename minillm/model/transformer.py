@@ -75,7 +75,7 @@ class Transformer(nn.Module):
             positions = restart_positions(doc_ids)[:, offset:]
         elif positions is None:
             positions = torch.arange(offset, offset + T, device=tokens.device)[None]  # (1, T)
-        mask = make_mask(self.config.causal, T, offset, doc_ids, tokens.device)
+        mask = make_mask(self.config, tokens, offset, doc_ids)
 
         x = self.embed(tokens)  # (B, T, D)
         if self.config.position == "learned":

@@ -1,0 +1,48 @@
+"""Two formulas whose gradients are written out by hand, because autograd would keep more than it needs.
+
+Autograd keeps every intermediate result until the backward pass. Here only the inputs are kept and the rest is worked
+out again, which costs less than reading it back from memory. The values are those of the plain formulas.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """y = x r w with r = 1 / sqrt(mean(x^2) + eps), keeping x and one r a vector.
+
+    Backward, with n = x r (the normalised x), g the gradient of y, and means over the last dim:
+        dw = sum over vectors of g n,    dx = r (g w - n mean(g w n)).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        r = torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)  # (..., 1)
+        ctx.save_for_backward(x, weight, r)
+        return (x32 * r).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, r = ctx.saved_tensors
+        n = x * r  # (..., D), in the dtype of r
+        gn = g * n
+        d_weight = gn.sum(dim=tuple(range(g.dim() - 1)))
+        mean = gn.mul_(weight).mean(dim=-1, keepdim=True)  # (..., 1)
+        d_x = (g * weight - n.mul_(mean)).mul_(r)
+        return d_x.to(x.dtype), d_weight.to(weight.dtype), None
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """y = silu(gate) up, keeping gate and up but not silu(gate)."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
