@@ -1,0 +1,30 @@
+"""Checkpoints: directories that are whole or do not exist.
+
+    checkpoints/step-00001000/
+        model-00000.safetensors     parameters; one file a rank, each holding that rank's pieces
+        optim-00000.safetensors     tensors named optim.*, apart so that loading a model never reads them
+        state.json                  everything else: config, step, sample cursor, counters, tokenizer hash
+        manifest.json               size and sha256 of each file; shape, dtype and pieces of each tensor; its own hash
+
+The manifest is written last, and the directory gets its name by one rename after every byte is on the disk. So a
+reader finds the old state or the new one, and a directory whose manifest does not hold is no checkpoint at all.
+Nothing here unpickles. shard.py is one file of tensors, folder.py one checkpoint, series.py those of a run.
+"""
+
+from minillm.checkpoint.folder import OPTIM, fill, load_tensors, match_tensors, read, verify, write
+from minillm.checkpoint.series import candidates, latest, save
+from minillm.checkpoint.shard import DTYPES
+
+__all__ = [
+    "DTYPES",
+    "OPTIM",
+    "candidates",
+    "fill",
+    "latest",
+    "load_tensors",
+    "match_tensors",
+    "read",
+    "save",
+    "verify",
+    "write",
+]

@@ -1,0 +1,130 @@
+"""One file of tensors in the safetensors format, and files that may be damaged or hostile.
+
+    8 bytes: n, little-endian | n bytes of JSON: {name: {dtype, shape, data_offsets: [begin, end]}} | the data
+
+Written and read here rather than through the format's library: hashing while writing saves a second pass, and reading
+one tensor at a time into its place keeps the peak at one model, where a mapped file counts a second time.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+MAX_JSON = 64 * 2**20  # bytes of a header or manifest that we are ready to parse: far above any real one
+BLOCK = 4 * 2**20  # bytes written, then hashed while they are still in the processor's cache
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write one safetensors file; returns its size and sha256. Copies a tensor only where it is on a device."""
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each starts aligned
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def blocks() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
+        for tensor in tensors.values():
+            data = byte_view(tensor.detach().cpu().contiguous())
+            for start in range(0, len(data), BLOCK):
+                yield data[start : start + BLOCK]
+
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for block in blocks():
+            file.write(block)
+            digest.update(block)
+    return {"size": 8 + len(text) + end, "sha256": digest.hexdigest()}
+
+
+def read_header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
+    """{name: (dtype, shape, begin, end)} of a safetensors file, the places counted from its start."""
+    with opened(path) as (file, size):
+        length = int.from_bytes(file.read(8), "little")
+        fits = size >= 8 and length <= min(size - 8, MAX_JSON)
+        require(fits, f"{path}: a header of {length} bytes in a file of {size}: not a safetensors file")
+        entries = parse(path, file.read(length))
+    entries.pop("__metadata__", None)
+    try:
+        header = {}
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            expected = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+            numbers = all(type(n) is int and n >= 0 for n in (begin, end, *entry["shape"]))
+            require(numbers and end - begin == expected, f"{name} has a wrong place")
+            header[name] = (entry["dtype"], entry["shape"], 8 + length + begin, 8 + length + end)
+        ends = [8 + length, *sorted(end for *_, end in header.values())]
+        begins = [*sorted(begin for *_, begin, _ in header.values()), size]
+        require(ends == begins, "its tensors overlap, leave gaps or exceed the file")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a valid safetensors header: {error}") from None
+    return header
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, in place."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+@contextmanager
+def opened(path: Path, expected_size: int | None = None) -> Iterator[tuple[BinaryIO, int]]:
+    """(file, size) of a plain file; ValueError for a missing one, a symbolic link, a pipe, or another size."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        reasons = {errno.ENOENT: "is missing", errno.ELOOP: "is a symbolic link, which is not followed"}
+        raise ValueError(f"{path}: {reasons.get(error.errno, f'cannot be read: {error.strerror}')}") from None
+    with open(handle, "rb") as file:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path}: is not a plain file")
+        if expected_size not in (None, found.st_size):
+            raise ValueError(f"{path}: has {found.st_size} bytes, {expected_size} were saved")
+        yield file, found.st_size
+
+
+def read_bytes(path: Path, expected_size: int | None = None) -> bytes:
+    """A whole file of JSON, which must be of a sane size."""
+    with opened(path, expected_size) as (file, size):
+        require(size <= MAX_JSON, f"{path}: {size} bytes are too many for it; it is not ours")
+        return file.read()
+
+
+def parse(path: Path, data: bytes) -> dict:
+    """The JSON object in `data`, which came from `path`."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); the file is damaged") from None
+    require(isinstance(value, dict), f"{path}: not a JSON object; the file is damaged")
+    return value
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
