@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -62,18 +62,23 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
         os.replace(temporary, path)
         fsync_directory(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong is already on its way
+            temporary.unlink()
 
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """A temporary directory that becomes `path` when the block ends well, and is removed when it does not.
 
-    An existing `path` is replaced. Raises ValueError when the disk is full or the place read-only.
+    An existing `path` is replaced: set aside, whole, for the moment between two renames, and removed after them.
+    Raises ValueError when the disk is full or the place read-only.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
     with explained(path):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
@@ -86,16 +91,22 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
                     fsync_directory(file)
             fsync_directory(temporary)
             if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
+                os.replace(path, aside)
+            try:
+                os.replace(temporary, path)
+            except BaseException:
+                if aside.exists():
+                    os.replace(aside, path)
+                raise
             fsync_directory(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
 def explained(path: str | Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into one line a person can act on."""
+    """Turn the operating system's refusals to write at `path` into one line a person can act on."""
     advice = {
         errno.ENOSPC: "the disk is full; free some space, nothing was changed",
         errno.EDQUOT: "the disk quota is used up; free some space, nothing was changed",
@@ -103,13 +114,22 @@ def explained(path: str | Path) -> Iterator[None]:
         errno.EACCES: "no permission to write there; choose another directory",
         errno.EPERM: "no permission to write there; choose another directory",
         errno.ENOTDIR: "a file is where a directory is needed; choose another directory",
+        errno.EEXIST: "a file is where a directory is needed; choose another directory",  # what mkdir says
     }
     try:
         yield
     except OSError as error:
-        if error.errno not in advice:
+        if error.errno not in advice or not concerns(error, path):
             raise
         raise ValueError(f"{path}: cannot be written: {advice[error.errno]}") from error
+
+
+def concerns(error: OSError, path: str | Path) -> bool:
+    """Whether an error may be about `path`: it names no file, or one beside, above or inside `path`."""
+    if not isinstance(error.filename, str):
+        return True
+    target, named = Path(os.path.abspath(path)), Path(os.path.abspath(error.filename))
+    return named.is_relative_to(target.parent) or target.is_relative_to(named)
 
 
 @contextmanager
@@ -123,6 +143,7 @@ def locked(path: str | Path, wait: bool = False) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed below; closing is what releases the lock)
     with file:
+        os.register_at_fork(after_in_child=file.close)  # a forked child must not hold the lock when we are dead
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -1,6 +1,8 @@
 """Packing: no target lost or doubled, rows full, the plan computed once and whole or not there."""
 
+import errno
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -135,8 +137,23 @@ def test_a_plan_that_was_interrupted_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         plan_rows(offsets, 64, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["packing.lock"]
+    left_by_a_kill = tmp_path / f".packing-64-{packing.fingerprint(offsets)}.99999999.tmp"
+    left_by_a_kill.mkdir()
     monkeypatch.setattr(packing, "best_fit", best_fit)
     assert same(plan_rows(offsets, 64, tmp_path), plan_rows(offsets, 64))
+    assert not left_by_a_kill.exists()
+
+
+def test_where_a_plan_cannot_be_stored_it_is_kept_in_memory(tmp_path, monkeypatch, caplog):
+    offsets = lognormal_offsets(100)
+
+    def refuse(handle):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("minillm.files.os.fsync", refuse)
+    assert same(plan_rows(offsets, 64, tmp_path), plan_rows(offsets, 64))
+    assert "read-only" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["packing.lock"]
 
 
 @pytest.mark.parametrize("name", ["rows.npy", "starts.npy", "lengths.npy", "plan.json"])

@@ -15,6 +15,8 @@ by window, so that memory is bounded however long the corpus, and is kept in fil
 
 import hashlib
 import json
+import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,6 +25,8 @@ from typing import NamedTuple
 import numpy as np
 
 from minillm.files import atomic_directory, locked, read_json
+
+logger = logging.getLogger("minillm")
 
 VERSION = 1  # part of a plan's name: raise it when the same documents would be packed otherwise
 WINDOW = 2**20  # pieces packed at a time: about 100 MB of working memory, and too many for the last row to matter
@@ -125,19 +129,28 @@ def plan_rows(offsets: np.ndarray, seq_len: int, directory: str | Path | None = 
     wait. A damaged plan is computed again, since it holds nothing that the documents do not.
     """
     if directory is None:
-        windows = list(packed_windows(offsets, seq_len)) or [(np.empty(0, np.int64),) * 3]
-        counts, starts, lengths = (np.concatenate(arrays) for arrays in zip(*windows))
-        return Plan(np.concatenate([[0], np.cumsum(counts)]), starts, lengths.astype(np.int32), int(lengths.sum()))
+        return plan_in_memory(offsets, seq_len)
     path = Path(directory) / f"packing-{seq_len}-{fingerprint(offsets)}"
     plan = open_plan(path)
-    if plan is None:
+    if plan is not None:
+        return plan
+    try:
         with locked(Path(directory) / "packing.lock", wait=True):
             plan = open_plan(path)
             if plan is None:
                 write_plan(path, offsets, seq_len)
                 plan = open_plan(path)
                 assert plan is not None, path
-    return plan
+            return plan
+    except ValueError as error:  # the place is read-only, or full: no reason not to train
+        logger.warning("%s; the packing plan is kept in memory", error)
+        return plan_in_memory(offsets, seq_len)
+
+
+def plan_in_memory(offsets: np.ndarray, seq_len: int) -> Plan:
+    windows = list(packed_windows(offsets, seq_len)) or [(np.empty(0, np.int64),) * 3]
+    counts, starts, lengths = (np.concatenate(arrays) for arrays in zip(*windows))
+    return Plan(np.concatenate([[0], np.cumsum(counts)]), starts, lengths.astype(np.int32), int(lengths.sum()))
 
 
 def fingerprint(offsets: np.ndarray) -> str:
@@ -149,7 +162,10 @@ def fingerprint(offsets: np.ndarray) -> str:
 
 
 def write_plan(path: Path, offsets: np.ndarray, seq_len: int) -> None:
+    """Compute a plan into a folder, which appears when it is whole; the caller holds the lock."""
     n_rows = n_pieces = n_targets = 0
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     with atomic_directory(path) as temporary:
         with ExitStack() as stack:
             files = (("rows", "<i8"), ("starts", "<i8"), ("lengths", "<i4"))

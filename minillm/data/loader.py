@@ -1,0 +1,155 @@
+"""From a cursor to batches: which rows a step takes, and which of them this rank computes.
+
+B rows of a micro-batch, T tokens a row.
+
+The cursor counts the samples a run has consumed; it is all the state there is. The k-th sample is a function of
+(seed, k): order.py says which row of which epoch it is, and an epoch has each row once. Plain rows close the corpus to
+a ring and cut it every T tokens from a place that changes each epoch, so each token is a target exactly once an epoch.
+Packed rows are those of packing.py: each token but the documents' bos is a target exactly once.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from minillm.data.batch import Batch
+from minillm.data.order import epoch_offset, epochs_and_rows
+from minillm.data.packing import Plan, plan_rows
+from minillm.data.rows import PADDING, Sample, Spans, Store, excerpts, gather, plain_spans
+
+
+class Loader:
+    """The micro-batches of any step, for one data-parallel rank."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        seq_len: int,
+        packing: bool,
+        micro_batch_size: int,
+        samples_per_step: int,
+        seed: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        device: str | torch.device = "cpu",
+        prefetch: bool = True,
+    ) -> None:
+        """Args: `micro_batch_size` is a limit: of the sizes that need equally many forwards, the smallest is taken, so
+        that little is padded. With `prefetch`, a thread reads the next step's rows while this one is computed.
+
+        Raises ValueError where the text is too short for one row, or for one step.
+        """
+        assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
+        numbers = {"seq_len": seq_len, "micro_batch_size": micro_batch_size, "samples_per_step": samples_per_step}
+        wrong = [f"{name}: {value} given, at least 1 is needed" for name, value in numbers.items() if value < 1]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        self.store, self.seq_len, self.seed = store, seq_len, seed
+        self.samples_per_step, self.tokens_per_step = samples_per_step, samples_per_step * seq_len
+        self.dp_rank, self.dp_size, self.device = dp_rank, dp_size, torch.device(device)
+        self.forwards = -(-samples_per_step // (micro_batch_size * dp_size))
+        self.micro_batch_size = -(-samples_per_step // (self.forwards * dp_size))
+        self.plan = plan_of(store, seq_len) if packing else None
+        self.samples_per_epoch = -(-store.n_tokens // seq_len) if self.plan is None else self.plan.n_rows
+        self.targets_per_epoch = store.n_tokens if self.plan is None else self.plan.n_targets
+        self.check_size()
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if prefetch else None
+        self.ahead: tuple[int, Future[torch.Tensor]] | None = None  # (cursor, its rows), being read
+
+    def check_size(self) -> None:
+        has = f"the training text has {self.targets_per_epoch:,} tokens"
+        if self.targets_per_epoch < self.seq_len:
+            lower = f", or lower data.seq_len to at most {self.targets_per_epoch}" if self.targets_per_epoch else ""
+            raise ValueError(f"{has}, fewer than one row of data.seq_len {self.seq_len}: give more text{lower}")
+        if self.samples_per_epoch < self.samples_per_step:
+            raise ValueError(
+                f"{has}, {self.samples_per_epoch} rows of data.seq_len {self.seq_len}, but one step takes "
+                f"{self.samples_per_step} rows: give more text, or lower train.batch_tokens "
+                f"from {self.tokens_per_step} to at most {self.samples_per_epoch * self.seq_len}"
+            )
+
+    def batches(self, cursor: int) -> list[Batch]:
+        """This rank's micro-batches of the step whose first sample is `cursor`: on each rank as many, of one shape."""
+        ahead, self.ahead = self.ahead, None
+        host = ahead[1].result() if ahead is not None and ahead[0] == cursor else self.read(cursor)
+        if self.pool is not None:
+            following = cursor + self.samples_per_step
+            self.ahead = following, self.pool.submit(self.read, following)
+        fields = host.to(self.device, non_blocking=True)  # (fields, forwards, B, T)
+        return [Batch(*fields[:, i]) for i in range(self.forwards)]
+
+    def read(self, cursor: int) -> torch.Tensor:
+        """This rank's rows of a step, in host memory: (fields, forwards, B, T)."""
+        epochs, rows = self.samples(cursor)
+        mine = self.spans(epochs[self.dp_rank :: self.dp_size], rows[self.dp_rank :: self.dp_size])  # dealt like cards
+        mine += [PADDING] * (self.forwards * self.micro_batch_size - len(mine))
+        host = gather(self.store, mine, self.seq_len, self.plan is not None, can_pin(self.device))
+        return host.view(-1, self.forwards, self.micro_batch_size, self.seq_len)  # (fields, forwards * B, T) -> 4 axes
+
+    def samples(self, cursor: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch, row in the epoch) of each sample of a step, over all ranks."""
+        return epochs_and_rows(cursor, self.samples_per_step, self.samples_per_epoch, self.seed)
+
+    def spans(self, epochs: np.ndarray, rows: np.ndarray) -> list[Spans]:
+        """What each row reads."""
+        if self.plan is not None:
+            return [self.plan.pieces(row) for row in rows.tolist()]
+        n = self.store.n_tokens
+        offsets = {epoch: epoch_offset(epoch, n, self.seed) for epoch in set(epochs.tolist())}
+        return [plain_spans(n, self.seq_len, offsets[epoch], row) for epoch, row in zip(epochs.tolist(), rows.tolist())]
+
+    def documents(self, cursor: int) -> list[Sample]:
+        """The samples of a step over all ranks, in order, each with the documents it reads."""
+        epochs, rows = self.samples(cursor)
+        return [
+            Sample(cursor + i, int(epochs[i]), int(rows[i]), excerpts(self.store, spans))
+            for i, spans in enumerate(self.spans(epochs, rows))
+        ]
+
+    def close(self) -> None:
+        """End the prefetching thread; `batches` goes on working without it."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+        self.pool = self.ahead = None
+
+
+def eval_batches(
+    store: Store,
+    seq_len: int,
+    packing: bool,
+    micro_batch_size: int,
+    device: str | torch.device = "cpu",
+    dp_rank: int = 0,
+    dp_size: int = 1,
+) -> Iterator[Batch]:
+    """Every row of a store once, in order, the last batch smaller; each token but the first (packed: but each
+    document's first) is a target exactly once.
+
+    Of several ranks each gets its share, padded so that all get equally many batches of equal shapes.
+    Raises ValueError where there is no token to predict.
+    """
+    plan = plan_of(store, seq_len) if packing else None
+    n_targets = max(0, store.n_tokens - 1) if plan is None else plan.n_targets
+    n_rows = -(-n_targets // seq_len) if plan is None else plan.n_rows
+    if n_rows == 0:
+        raise ValueError(f"the validation text has {store.n_tokens} tokens, none of which follows another")
+    for first in range(0, n_rows, micro_batch_size * dp_size):
+        rows = range(first, min(n_rows, first + micro_batch_size * dp_size))
+        mine = rows[dp_rank::dp_size]
+        spans = [plain_spans(n_targets, seq_len, 0, row) if plan is None else plan.pieces(row) for row in mine]
+        spans += [PADDING] * (-(-len(rows) // dp_size) - len(spans))
+        host = gather(store, spans, seq_len, plan is not None, can_pin(torch.device(device)))
+        yield Batch(*host.to(device, non_blocking=True))
+
+
+def plan_of(store: Store, seq_len: int) -> Plan:
+    """The packing plan of a store, kept in its directory where it has one."""
+    return plan_rows(store.document_offsets, seq_len, getattr(store, "directory", None))
+
+
+def can_pin(device: torch.device) -> bool:
+    """Whether a copy to the device is faster, and can overlap, from page-locked memory."""
+    return device.type != "cpu" and torch.accelerator.is_available()
