@@ -1,0 +1,25 @@
+"""Train language models from scratch in pure PyTorch."""
+
+from minillm.generate.engine import Completion, generate, stream
+from minillm.generate.sampling import SamplingParams
+from minillm.load import load, save
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
+from minillm.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from minillm.trainer import TrainConfig, Trainer
+
+__all__ = [
+    "Completion",
+    "ModelConfig",
+    "SamplingParams",
+    "Tokenizer",
+    "TrainConfig",
+    "Trainer",
+    "Transformer",
+    "generate",
+    "load",
+    "load_tokenizer",
+    "save",
+    "stream",
+    "train_tokenizer",
+]

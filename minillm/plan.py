@@ -40,3 +40,48 @@ def flops_per_token(config: ModelConfig, T: int) -> int:
     """
     attention = 12 * config.n_layers * config.n_heads * config.head_dim * T
     return 6 * count_parameters(config).matmul + attention
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A configuration that suits corpora up to a size."""
+
+    max_bytes: float
+    preset: str
+    seq_len: int
+    batch_tokens: int
+    epochs: float
+    lr: float
+    val: str
+
+
+# Models grow with the text, and the text is read up to four times, beyond which repeated tokens teach little
+# (Muennighoff et al. 2023). The share held out shrinks, so that an evaluation stays short beside the training.
+RECIPES = (
+    Recipe(3e6, "micro", 256, 4096, 4, 3e-3, "0.05"),
+    Recipe(3e7, "micro", 256, 8192, 1, 3e-3, "0.01"),
+    Recipe(3e8, "small", 512, 32_768, 2, 2e-3, "0.005"),
+    Recipe(3e9, "large", 1024, 131_072, 1, 1e-3, "0.001"),
+    Recipe(float("inf"), "xl", 1024, 524_288, 1, 6e-4, "0.0001"),
+)
+FORWARD_TOKENS = {"cpu": 4096}  # beyond this a CPU's caches overflow and nothing is gained
+FORWARD_TOKENS_DEFAULT = 32_768
+
+
+def recommend(corpus_bytes: int) -> dict[str, object]:
+    """Values for the fields that a user leaves open, by dotted name, for a corpus of that many bytes of text."""
+    recipe = next(recipe for recipe in RECIPES if corpus_bytes <= recipe.max_bytes)
+    return {
+        "model.preset": recipe.preset,
+        "data.seq_len": recipe.seq_len,
+        "data.val": recipe.val,
+        "train.batch_tokens": recipe.batch_tokens,
+        "train.max_epochs": recipe.epochs,
+        "optim.lr": recipe.lr,
+    }
+
+
+def micro_batch_size(seq_len: int, samples_per_step: int, device: torch.device) -> int:
+    """Rows a forward where the user gave none: as many as keep the device busy, at most those of a step."""
+    tokens = FORWARD_TOKENS.get(device.type, FORWARD_TOKENS_DEFAULT)
+    return max(1, min(samples_per_step, tokens // seq_len))

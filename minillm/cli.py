@@ -1,0 +1,207 @@
+"""`minillm VERB`: each verb is a row of a table: its options as a dataclass, and a function that calls the library."""
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, NamedTuple
+
+from minillm.config import ConfigError, Layer, arguments, build, file_layer, help_text
+from minillm.data.config import DataConfig
+from minillm.data.corpus import open_corpus, with_path
+from minillm.data.inspect import inspect_lines
+from minillm.data.loader import Loader
+from minillm.data.shards import prepare
+from minillm.data.store import describe as describe_prepared
+from minillm.data.store import open_prepared
+from minillm.data.text import documents, find_files
+from minillm.distributed.context import find_device
+from minillm.generate.engine import stream
+from minillm.generate.sampling import SamplingParams
+from minillm.load import load
+from minillm.log import run_command
+from minillm.run import RunConfig, RunDirectory
+from minillm.tokenizer import TokenizerConfig, describe, load_tokenizer, train_tokenizer
+from minillm.trainer import TrainConfig
+
+
+class Verb(NamedTuple):
+    """A command: what it does, its options, and the options that may be given as plain words, in order."""
+
+    run: Callable
+    options: type
+    words: Sequence[str]
+    help: str
+
+
+@dataclass(frozen=True)
+class TokenizerTrain:
+    """Options of `tokenizer train`."""
+
+    out: Annotated[str, "folder to write"]
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """Options of `tokenizer info`."""
+
+    path: Annotated[str, "tokenizer folder or run"]
+    text: Annotated[str | None, "text file to measure it on"] = None
+
+
+@dataclass(frozen=True)
+class DataPrepare:
+    """Options of `data prepare`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """Options of `data info`."""
+
+    path: Annotated[str, "folder that `data prepare` named"]
+    verify: Annotated[bool, "read every token and check the hashes"] = False
+
+
+@dataclass(frozen=True)
+class DataInspect:
+    """Options of `data inspect`."""
+
+    path: Annotated[str, "run directory"]
+    step: Annotated[int, "step whose batch is shown, from 1", ">= 1"] = 1
+    rows: Annotated[int, "samples shown", ">= 1"] = 4
+    width: Annotated[int, "characters of each document", ">= 10"] = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(SamplingParams):
+    """Options of `generate`."""
+
+    path: Annotated[str, "run directory, checkpoint, or folder"]
+    prompt: Annotated[str, "text to continue"] = ""
+    step: Annotated[int | None, "checkpoint of a run; none: the newest", ">= 0"] = None
+    device: Annotated[str, "auto | cpu | cuda | mps | ..."] = "auto"
+
+
+def tokenizer_train(options: TokenizerTrain) -> None:
+    """Train a tokenizer on text and save it."""
+    data = with_path(options.data)
+    texts = (document.text for document in documents(find_files(data.path), data))
+    tokenizer = train_tokenizer(texts, options.tokenizer)
+    tokenizer.save(options.out)
+    print(f"{options.out}\n{describe(tokenizer)}")
+
+
+def tokenizer_info(options: TokenizerInfo) -> None:
+    """Say what a tokenizer is, and how well it packs a text."""
+    text = None
+    if options.text is not None:
+        files = find_files(options.text)
+        text = "\n".join(document.text for document in documents(files, DataConfig(path=options.text)))
+    print(describe(load_tokenizer(options.path), text))
+
+
+def data_prepare(options: DataPrepare) -> None:
+    """Tokenise text into shards."""
+    _, prepared = open_corpus(with_path(options.data), options.tokenizer)
+    print(f"{prepared.directory}\n{describe_prepared(prepared)}")
+
+
+def data_info(options: DataInfo) -> None:
+    """Say what prepared data holds."""
+    prepared = open_prepared(options.path)
+    print(describe_prepared(prepared, verify=options.verify))
+
+
+def data_inspect(options: DataInspect) -> None:
+    """Print the documents and tokens of a step of a run."""
+    run = RunDirectory(options.path)
+    if not run.config.exists():
+        raise ValueError(f"{run.path}: not a run directory (there is no config.json)")
+    saved = file_layer(run.config).values
+
+    def section(section_class: type, name: str):
+        values = {key.partition(".")[2]: value for key, value in saved.items() if key.startswith(f"{name}.")}
+        return build(section_class, [Layer(str(run.config), values)])
+
+    data, train = section(DataConfig, "data"), section(TrainConfig, "train")
+    tokenizer = load_tokenizer(run.path)
+    loader = Loader(
+        prepare(data, tokenizer).train,
+        seq_len=data.seq_len,
+        packing=data.packing,
+        micro_batch_size=1,
+        samples_per_step=train.batch_tokens // data.seq_len,
+        seed=section(RunConfig, "run").seed,
+        prefetch=False,
+    )
+    lines = inspect_lines(loader, (options.step - 1) * loader.samples_per_step, tokenizer, options.width)
+    samples = 0
+    for line in lines:
+        samples += line.startswith("sample ")
+        if samples > options.rows:
+            break
+        print(line)
+
+
+def generate_text(options: Generate) -> None:
+    """Continue a prompt, a piece at a time."""
+    model, tokenizer = load(options.path, device=find_device(options.device), step=options.step)
+    if tokenizer is None:
+        raise ValueError(f"{options.path}: there is no tokenizer beside the model, so it cannot read or write text")
+    params = SamplingParams(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingParams)})
+    print(options.prompt, end="", flush=True)
+    for piece in stream(model, tokenizer, options.prompt, params):
+        print(piece, end="", flush=True)
+    print()
+
+
+VERBS = {
+    "tokenizer train": Verb(tokenizer_train, TokenizerTrain, ["out"], "OUT --data.path TEXT: train a tokenizer"),
+    "tokenizer info": Verb(tokenizer_info, TokenizerInfo, ["path"], "PATH: what a tokenizer is"),
+    "data prepare": Verb(data_prepare, DataPrepare, [], "--data.path TEXT: tokenise once, for every run after"),
+    "data info": Verb(data_info, DataInfo, ["path"], "PATH: what prepared data holds"),
+    "data inspect": Verb(data_inspect, DataInspect, ["path"], "RUN --step N: the documents and tokens of a step"),
+    "generate": Verb(generate_text, Generate, ["path"], "RUN --prompt TEXT: continue a text"),
+}
+
+
+def usage() -> str:
+    """The list of verbs."""
+    rows = "\n".join(f"  minillm {name} {verb.help}" for name, verb in VERBS.items())
+    return f"usage: minillm VERB ...\n\n{rows}\n\n`minillm VERB --help` lists its options; --debug shows tracebacks."
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run the verb that the first one or two words name."""
+    words = list(itertools.takewhile(lambda word: not word.startswith("--"), argv))
+    name = next((n for n in (" ".join(words[:2]), " ".join(words[:1])) if n in VERBS), None)
+    if name is None:
+        if argv and not {"-h", "--help"} & set(argv):
+            raise ConfigError([f"minillm {' '.join(words[:2])}: there is no such verb\n\n{usage()}"])
+        print(usage())
+        return 0
+    verb = VERBS[name]
+    rest = list(argv)[len(name.split()) :]
+    if {"-h", "--help"} & set(rest):
+        print(help_text(verb.options, f"usage: minillm {name} {verb.help}"))
+        return 0
+    given, line = arguments(verb.options, rest)
+    if len(given) > len(verb.words):
+        raise ConfigError([f"minillm {name}: {given[len(verb.words)]!r} is not expected; {verb.help}"])
+    verb.run(build(verb.options, [Layer("command line", dict(zip(verb.words, given))), line]))
+    return 0
+
+
+def main() -> int:
+    """The console script."""
+    return run_command(dispatch, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

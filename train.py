@@ -1,0 +1,288 @@
+"""Pretrain a language model: text in, a run directory with checkpoints and samples out.
+
+python train.py                                        the embedded corpus: minutes on two CPU cores
+python train.py --data.path my.txt                     your text; a configuration that fits its size is chosen
+python train.py configs/shakespeare-char.toml --data.path tinyshakespeare.txt
+python train.py --run.dir runs/mine --run.resume auto  continue where it stopped
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from minillm.eval.perplexity import byte_lengths, evaluate
+from minillm.objectives import NextToken
+from minillm.optim import OptimConfig, build_optimizer, lr_at
+
+from minillm import checkpoint
+from minillm.config import ConfigError, Layer, arguments, build, file_layer, flatten, help_text, lookup, to_dict
+from minillm.data.config import DataConfig
+from minillm.data.corpus import corpus_bytes, open_corpus, with_path
+from minillm.data.loader import Loader, eval_batches
+from minillm.data.store import Prepared, TokenStore
+from minillm.distributed.context import Context, best_precision, connect, peak_flops
+from minillm.distributed.parallelize import ParallelConfig, parallelize
+from minillm.generate.engine import stream
+from minillm.generate.sampling import SamplingParams
+from minillm.load import find_checkpoint
+from minillm.log import LOGGER, LogConfig, curve, read_metrics, run_command
+from minillm.model.config import ModelSection
+from minillm.model.init import init_weights
+from minillm.model.presets import PRESETS, preset_fields
+from minillm.model.transformer import Transformer
+from minillm.plan import count_parameters, flops_per_token, micro_batch_size, recommend
+from minillm.run import RunConfig, RunDirectory, open_run
+from minillm.tokenizer import Tokenizer, TokenizerConfig
+from minillm.trainer import DTYPES, TrainConfig, Trainer, total_steps
+
+USAGE = f"usage: python train.py [CONFIG.toml] [--section.field VALUE ...]\n\n{__doc__}"
+ROWS_OF_METRICS = 200
+
+
+@dataclass(frozen=True)
+class Config:
+    """A pretraining run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelSection = field(default_factory=ModelSection)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self):
+        seq_len, batch_tokens = self.data.seq_len, self.train.batch_tokens
+        problems = []
+        if seq_len and seq_len > self.model.max_seq_len:
+            problems.append(f"data.seq_len: {seq_len} is longer than model.max_seq_len {self.model.max_seq_len}")
+        if seq_len and batch_tokens and batch_tokens % seq_len:
+            nearest = max(1, round(batch_tokens / seq_len)) * seq_len
+            problems.append(
+                f"train.batch_tokens: {batch_tokens} is no multiple of data.seq_len {seq_len}; {nearest} is the nearest"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train; returns the exit code."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text(Config, USAGE))
+        return 0
+    given = read_layers(argv)
+    config = build(Config, given)
+    with open_run(config.run) as run, connect(config.run.device) as dist:
+        start = starting_point(config.run, run)
+        config = choose(given, start, dist)
+        tokenizer, prepared = open_corpus(config.data, config.tokenizer)
+        trainer, config = make_trainer(config, tokenizer, prepared, run, dist)
+        if start:
+            trainer.resume(start)
+            LOGGER.info("resumed from %s", start)
+        if trainer.done():
+            LOGGER.info("%s: the run is finished at step %d; there is nothing to do", run.path, trainer.progress.step)
+            return 0
+        tokenizer.save(run.path)
+        run.write_json(run.config, to_dict(config))
+        summary = trainer.fit()
+        report(config, run, trainer.model, tokenizer, prepared, summary)
+    return 0
+
+
+# --- configuration: what was chosen < what the run had < preset < file < command line ---------------------------------
+
+
+def read_layers(argv: Sequence[str]) -> list[Layer]:
+    """The layers that the user gave: the preset they named, the file, the command line."""
+    files, line = arguments(Config, argv)
+    if len(files) > 1:
+        raise ConfigError([f"one config file is expected, not {len(files)}: {', '.join(files)}"])
+    given = [*map(file_layer, files), line]
+    return [*preset_layer(given), *given]
+
+
+def preset_layer(layers: Sequence[Layer]) -> list[Layer]:
+    """The fields of the model preset that the layers name, if they do."""
+    name = lookup(layers, "model.preset")
+    if name is None or str(name).lower() == "none":
+        return []
+    if name not in PRESETS:
+        raise ConfigError([f"model.preset: {name!r} is not known; there are {', '.join(PRESETS)}"])
+    return [Layer(f"preset {name}", {f"model.{key}": value for key, value in preset_fields(name).items()})]
+
+
+def starting_point(config: RunConfig, run: RunDirectory) -> Path | None:
+    """The checkpoint to continue from; None to start afresh."""
+    if config.resume == "never":
+        return None
+    return checkpoint.latest(run.checkpoints) if config.resume == "auto" else find_checkpoint(Path(config.resume))
+
+
+def choose(given: list[Layer], start: Path | None, dist: Context) -> Config:
+    """The complete configuration: what the user left open is taken from the run continued, or fits the corpus."""
+    if start:
+        saved = {k: v for k, v in flatten(checkpoint.read(start)[0]["config"]).items() if not k.startswith("run.")}
+        layers = [Layer(str(start), saved), *given]
+        config = build(Config, layers)
+    else:
+        config = build(Config, given)
+        config = dataclasses.replace(config, data=with_path(config.data))
+        size = corpus_bytes(config.data)
+        recommended = recommend(size)
+        if any(lookup(given, f"train.{limit}") is not None for limit in ("max_steps", "max_tokens", "max_epochs")):
+            recommended.pop("train.max_epochs")
+        max_seq_len = lookup(given, "data.seq_len", recommended["data.seq_len"])
+        chosen = [Layer("chosen for the corpus", recommended | {"model.max_seq_len": max_seq_len})]
+        layers = [*preset_layer(chosen), *chosen, *given]
+        open_fields = {name: value for name, value in recommended.items() if lookup(given, name) is None}
+        said = ", ".join(f"{name} {value}" for name, value in open_fields.items())
+        LOGGER.info("%s, %.1f MB of text: chosen for that size: %s", config.data.path, size / 1e6, said)
+        layers.insert(-len(given), Layer("embedded corpus", {"data.path": config.data.path}))
+        config = build(Config, layers)
+    precision = best_precision(dist.device) if config.train.precision == "auto" else config.train.precision
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
+
+
+# --- the parts of a run -----------------------------------------------------------------------------------------------
+
+
+def make_trainer(
+    config: Config, tokenizer: Tokenizer, prepared: Prepared, run: RunDirectory, dist: Context
+) -> tuple[Trainer, Config]:
+    """Wire data, model, optimizer and evaluation; returns the trainer and the config with nothing left open."""
+    data, train, device = config.data, config.train, dist.device
+    model_config = config.model.to_config(vocab_size=tokenizer.vocab_size)
+    samples_per_step = train.batch_tokens // data.seq_len
+    rows = train.micro_batch_size or micro_batch_size(data.seq_len, samples_per_step, device)
+    loader = Loader(
+        prepared.train,
+        seq_len=data.seq_len,
+        packing=data.packing,
+        micro_batch_size=rows,
+        samples_per_step=samples_per_step,
+        seed=config.run.seed,
+        device=device,
+    )
+    steps = total_steps(train, loader)
+    train = dataclasses.replace(
+        train,
+        max_steps=steps,
+        micro_batch_size=rows,
+        eval_every=train.eval_every or math.ceil(steps / 10),
+        save_every=train.save_every or math.ceil(steps / 5),
+    )
+    optim = dataclasses.replace(
+        config.optim,
+        warmup_steps=min(100, steps // 10) if config.optim.warmup_steps is None else config.optim.warmup_steps,
+    )
+    log = dataclasses.replace(config.log, every=config.log.every or max(1, steps // ROWS_OF_METRICS))
+    section = ModelSection(**dataclasses.asdict(model_config), preset=config.model.preset, path=config.model.path)
+    config = dataclasses.replace(config, model=section, train=train, optim=optim, log=log)
+
+    with torch.device("meta"):
+        model = Transformer(model_config)
+    model.to_empty(device=device)
+    init_weights(model, config.run.seed)
+    optimizer = build_optimizer(model, optim)
+    parallelize(model, train.activation_checkpointing, train.compile)
+    LOGGER.info(
+        "%s parameters (%s in matrix products), vocabulary %s, %s tokens to train on, %d steps of %s tokens, %s on %s",
+        *(f"{n:,}" for n in (count_parameters(model_config).total, count_parameters(model_config).matmul)),
+        *(f"{n:,}" for n in (tokenizer.vocab_size, prepared.train.n_tokens)),
+        steps,
+        f"{train.batch_tokens:,}",
+        train.precision,
+        device,
+    )
+    trainer = Trainer(
+        model,
+        optimizer,
+        NextToken(),
+        loader,
+        train,
+        steps=steps,
+        lr_at=partial(lr_at, config=optim, max_steps=steps),
+        dist=dist,
+        grad_clip=optim.grad_clip,
+        seed=config.run.seed,
+        evaluate=make_evaluation(model, tokenizer, prepared.val, config, device),
+        run=run,
+        log_every=log.every,
+        flops_per_token=flops_per_token(model_config, data.seq_len),
+        peak_flops=peak_flops(device, DTYPES[train.precision]),
+        identity={"tokenizer_hash": tokenizer.hash, "data_fingerprint": prepared.info["fingerprint"]},
+        config_dict=to_dict(config),
+    )
+    return trainer, config
+
+
+def make_evaluation(
+    model: Transformer, tokenizer: Tokenizer, val: TokenStore | None, config: Config, device: torch.device
+) -> Callable[[], dict[str, float]] | None:
+    """Loss and bits per byte over the whole validation split; None where there is no split."""
+    if val is None:
+        return None
+    bytes_of = byte_lengths(tokenizer)
+    rows = max(1, 2 * config.train.micro_batch_size)  # no gradients are kept, so more fits
+
+    def run_evaluation() -> dict[str, float]:
+        batches = eval_batches(val, config.data.seq_len, config.data.packing, rows, device)
+        return evaluate(model, batches, bytes_of)
+
+    return run_evaluation
+
+
+# --- what the user sees at the end ------------------------------------------------------------------------------------
+
+
+def report(
+    config: Config, run: RunDirectory, model: Transformer, tokenizer: Tokenizer, prepared: Prepared, summary: dict
+) -> None:
+    """Samples, the loss curve, the figures, and what to do next."""
+    if not summary["finished"]:
+        print(f"\nstopped by {summary['stopped_by']} at step {summary['step']}; continue with --run.resume auto")
+        return
+    model.eval()
+    for prompt in beginnings(prepared.val or prepared.train, config.log.samples):
+        print(f"\n--- {tokenizer.decode(prompt)}▸", end="", flush=True)
+        new_tokens = min(160, model.config.max_seq_len - len(prompt))
+        params = SamplingParams(max_new_tokens=new_tokens, temperature=0.7, top_p=0.95, seed=config.run.seed)
+        for piece in stream(model, tokenizer, prompt, params):
+            print(piece, end="", flush=True)
+        print()
+    print(f"\n{curve(read_metrics(run.metrics))}\n")
+    val = (
+        f", val loss {summary['val_loss']:.4f} ({summary['val_bpb']:.3f} bits per byte)"
+        if "val_loss" in summary
+        else ""
+    )
+    print(
+        f"{run.path}: {summary['tokens']:,} tokens in {summary['hours'] * 60:.1f} minutes, "
+        f"{summary['mean_tokens_per_second']:,.0f} tokens/s, {summary['peak_memory_bytes'] / 2**30:.1f} GiB{val}"
+    )
+    print(
+        f'\nnext:  minillm generate {run.path} --prompt "One morning" --temperature 0.8\n'
+        f"       minillm data inspect {run.path} --step 1\n"
+        "       python train.py --data.path my.txt --run.dir runs/mine\n"
+        "       python train.py --help"
+    )
+
+
+def beginnings(store: TokenStore, count: int, length: int = 8) -> list[list[int]]:
+    """Token prompts from evenly spaced places: the starts of documents, or anywhere in a text of few."""
+    if store.n_documents >= count:
+        starts = [int(store.document_offsets[i * store.n_documents // count]) for i in range(count)]
+    else:
+        starts = [i * store.n_tokens // count for i in range(count)]
+    return [store.tokens(start, min(start + length, store.n_tokens)).tolist() for start in starts]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
