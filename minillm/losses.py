@@ -1,0 +1,335 @@
+"""Losses over a large vocabulary, computed a slice of tokens at a time so that the logits never exist as a whole.
+
+Each function here is a *head*: it takes the model's `lm_head` and its last hidden state, and applies the projection
+itself. A model calls it inside its forward, where DDP and FSDP2 have the weight ready:
+
+    loss_sum = model(tokens, head=partial(chunked_cross_entropy, targets=targets, vocab_size=V))
+
+How it works. Write h for a row of the hidden state, W for the weight, p = softmax(W h), and t for the row's target. The
+loss is -log p[t], and its gradients are (p - onehot(t)) W with respect to h and (p - onehot(t)) h^T with respect to W.
+Both need p, and none needs anything that comes after the loss, because a sum passes one number back: the scale. So
+forward makes the gradients at once, a chunk of rows after the other in one reused buffer, and backward multiplies them
+by that number. Nothing is computed twice: three matrix products, as without chunks.
+
+What is in memory: two chunk buffers under half precision and one otherwise, each of at most `logits_bytes(device)`
+unless `chunk_tokens` says otherwise, and the gradients themselves, which backward would have to make anyway.
+
+Precision: the matrix products run in the autocast dtype where there is one, softmax and the sum over chunks in fp32
+(in float64 for float64 weights).
+
+Shapes: B batch, T time, D dim, V vocab, N rows (B * T, or those that have a target), C rows of a chunk.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+IGNORE_INDEX = -100
+
+# With the vocabulary as small as a byte's, a chunk by bytes alone would sum a million rows in one half-precision
+# product, which fp16 cannot hold.
+MAX_CHUNK_TOKENS = 8192
+
+
+def cross_entropy(lm_head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int | None = None) -> Tensor:
+    """The plain loss, for comparison and for small vocabularies: the sum of -log p(target) in nats over all targets.
+
+    Args:
+        hidden: (B, T, D), or any number of leading dimensions that `targets` shares.
+        targets: (B, T) int64; IGNORE_INDEX where nothing is to be learned.
+        vocab_size: rows of lm_head beyond it are padding and take no part.
+    """
+    logits = lm_head(hidden)[..., :vocab_size]  # (B, T, V)
+    logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))  # (B * T, V)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def chunked_cross_entropy(
+    lm_head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+    skip_ignored: bool | None = None,
+) -> Tensor:
+    """`cross_entropy`, value and gradients, in memory bounded by a chunk of tokens.
+
+    Args:
+        chunk_tokens: tokens whose logits exist at once; by default as many as fit `logits_bytes`.
+        skip_ignored: leave rows without a target out of the matrix products. That needs their number on the host: free
+            on the CPU, where it is the default, and one synchronisation elsewhere, which pays where many rows are
+            ignored (instruction data) and not where none is (pretraining).
+
+    The result can be passed through backward once; a second time raises RuntimeError. Where lm_head is more than a
+    plain nn.Linear (it carries an adapter, say), it is called on each chunk, and once more in backward.
+    """
+    vocab_size = vocab_size or lm_head.out_features
+    rows, row_targets, _ = select_rows(hidden, targets, vocab_size, skip_ignored)
+    chunk_tokens = chunk_tokens or default_chunk_tokens(len(rows), vocab_size, hidden.device)
+    if not is_plain_linear(lm_head):
+        parts = zip(rows.split(chunk_tokens), row_targets.split(chunk_tokens))
+        return sum(checkpoint(cross_entropy, lm_head, h, t, vocab_size, use_reentrant=False) for h, t in parts)
+    inputs = rows, lm_head.weight, lm_head.bias
+    dtype = matmul_dtype(lm_head.weight)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return LinearCrossEntropy.apply(*inputs, row_targets, vocab_size, chunk_tokens, dtype)
+    projection = Projection.of(lm_head.weight, lm_head.bias, vocab_size, dtype)
+    chunks = softmax_chunks(rows, projection, row_targets, chunk_tokens)
+    return sum((chunk.nll.sum() for chunk in chunks), start=rows.new_zeros((), dtype=projection.accumulate_dtype))
+
+
+def token_logprobs(
+    lm_head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+    skip_ignored: bool | None = None,
+) -> Tensor:
+    """log p(target) of every token in nats, (B, T), 0 where the target is ignored; chunked like the loss.
+
+    Arguments as in `chunked_cross_entropy`. What comes after it may weigh tokens differently, so backward cannot know
+    the gradient before: it makes each chunk's logits a second time.
+    """
+    vocab_size = vocab_size or lm_head.out_features
+    rows, row_targets, index = select_rows(hidden, targets, vocab_size, skip_ignored)
+    chunk_tokens = chunk_tokens or default_chunk_tokens(len(rows), vocab_size, hidden.device)
+    if is_plain_linear(lm_head):
+        dtype = matmul_dtype(lm_head.weight)
+        logprobs = LinearLogprobs.apply(
+            rows, lm_head.weight, lm_head.bias, row_targets, vocab_size, chunk_tokens, dtype
+        )
+    else:
+        parts = zip(rows.split(chunk_tokens), row_targets.split(chunk_tokens))
+        logprobs = torch.cat(
+            [checkpoint(plain_logprobs, lm_head, h, t, vocab_size, use_reentrant=False) for h, t in parts]
+        )
+    if index is not None:
+        logprobs = logprobs.new_zeros(targets.numel()).index_copy(0, index, logprobs)  # (N,) -> (B * T,)
+    return logprobs.view(targets.shape)
+
+
+def plain_logprobs(lm_head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int | None = None) -> Tensor:
+    """log p(target) with all logits at once, (N, D) -> (N,); 0 where the target is ignored."""
+    logits = lm_head(hidden)[..., :vocab_size]  # (N, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
+
+
+# --- rows and chunks --------------------------------------------------------------------------------------------------
+
+
+def is_plain_linear(lm_head: nn.Module) -> bool:
+    """Whether calling lm_head is exactly x W^T + b, so that its weight may be used directly."""
+    hooks = lm_head._forward_hooks or lm_head._forward_pre_hooks
+    return isinstance(lm_head, nn.Linear) and type(lm_head).forward is nn.Linear.forward and not hooks
+
+
+def matmul_dtype(weight: Tensor) -> torch.dtype:
+    """What a projection by this weight is computed in: the dtype of autocast, where it is on and applies."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether reading a value of the tensor makes nobody wait."""
+    return tensor.device.type == "cpu"
+
+
+def logits_bytes(device: torch.device) -> int:
+    """How large a chunk's logits may be by default.
+
+    On a CPU 128 MiB: 220 tokens at V = 151,936, 667 at 50,304. Larger chunks were hardly faster there; smaller ones
+    were, for a large vocabulary, much slower, because each one reads and writes the whole (V, D) gradient. An
+    accelerator computes more per byte it moves, so its chunks are larger.
+    """
+    return 128 * 2**20 if device.type == "cpu" else 512 * 2**20
+
+
+def default_chunk_tokens(n_rows: int, vocab_size: int, device: torch.device) -> int:
+    """The largest equal split of the rows whose fp32 logits stay within `logits_bytes`."""
+    most = max(1, min(logits_bytes(device) // (4 * vocab_size), MAX_CHUNK_TOKENS))
+    n_chunks = max(1, -(-n_rows // most))
+    return max(1, -(-n_rows // n_chunks))
+
+
+def select_rows(
+    hidden: Tensor, targets: Tensor, vocab_size: int, skip_ignored: bool | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Flatten to rows, (B, T, D) -> (N, D), without the ignored ones where asked: (rows, targets, index or None)."""
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)}; the hidden state needs {tuple(hidden.shape[:-1])}"
+        )
+    if on_host(targets):  # elsewhere the kernels check bounds themselves
+        check_targets(targets, vocab_size)
+    rows, row_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if skip_ignored or (skip_ignored is None and on_host(targets)):
+        index = (row_targets != IGNORE_INDEX).nonzero()[:, 0]  # (N,)
+        if len(index) < len(row_targets):
+            return rows[index], row_targets[index], index
+    return rows, row_targets, None
+
+
+def check_targets(targets: Tensor, vocab_size: int) -> None:
+    """Raises ValueError naming the first target that is neither a token nor IGNORE_INDEX."""
+    wrong = ((targets < 0) & (targets != IGNORE_INDEX)) | (targets >= vocab_size)
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"target {targets[place]} at {place} is not a token: 0 to {vocab_size - 1} are, "
+            f"and {IGNORE_INDEX} stands for none"
+        )
+
+
+class Projection(NamedTuple):
+    """What a chunk's logits are made with."""
+
+    weight: Tensor  # (V, D) without padding rows, in the dtype of the matrix products
+    bias: Tensor | None  # (V,)
+    accumulate_dtype: torch.dtype  # of the softmax, the loss and the sums over chunks
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, vocab_size: int, dtype: torch.dtype) -> "Projection":
+        bias = None if bias is None else bias[:vocab_size]
+        return cls(weight[:vocab_size].to(dtype), bias, torch.promote_types(dtype, torch.float32))
+
+
+class Chunk(NamedTuple):
+    """Some rows on their way: `exps` / `sums` is the softmax. The next chunk overwrites the (C, V) buffers."""
+
+    place: slice
+    rows: Tensor  # (C, D), in the dtype of the matrix products
+    targets: Tensor  # (C, 1), 0 where ignored
+    trained: Tensor  # (C, 1), 1.0 where there is a target, 0.0 where it is ignored
+    exps: Tensor  # (C, V), exp(logit - the row's largest)
+    sums: Tensor  # (C, 1), of exps
+    nll: Tensor  # (C,), -log p(target), 0 where ignored
+    product: Tensor  # (C, V), a buffer in the dtype of the matrix products; the memory of exps where the dtypes agree
+
+
+def softmax_chunks(rows: Tensor, projection: Projection, targets: Tensor, chunk_tokens: int) -> Iterator[Chunk]:
+    """The softmax over the vocabulary, a chunk of rows after the other, in one buffer."""
+    weight, bias, accumulate_dtype = projection
+    N, C, V = len(rows), min(len(rows), chunk_tokens), len(weight)
+    products = rows.new_empty(C, V, dtype=weight.dtype)
+    buffer = products if accumulate_dtype == weight.dtype else rows.new_empty(C, V, dtype=accumulate_dtype)
+    for start in range(0, N, chunk_tokens):
+        place = slice(start, min(start + chunk_tokens, N))
+        chunk_rows = rows[place].to(weight.dtype)  # (C, D)
+        product, logits = products[: len(chunk_rows)], buffer[: len(chunk_rows)]
+        torch.mm(chunk_rows, weight.t(), out=product)  # (C, V)
+        if logits.dtype != product.dtype:
+            logits.copy_(product)
+        if bias is not None:
+            logits.add_(bias)
+        trained = (targets[place] != IGNORE_INDEX)[:, None]  # (C, 1)
+        chunk_targets = targets[place][:, None].where(trained, 0)
+        target_logits = logits.gather(1, chunk_targets)
+        largest = logits.amax(1, keepdim=True)
+        exps = logits.sub_(largest).exp_()
+        sums = exps.sum(1, keepdim=True)
+        nll = (sums.log() + largest - target_logits).where(trained, 0)[:, 0]
+        yield Chunk(place, chunk_rows, chunk_targets, trained.to(sums.dtype), exps, sums, nll, product)
+
+
+class Gradients:
+    """Gradients of the rows (N, D), weight and bias, those that are needed, summed up chunk by chunk."""
+
+    def __init__(self, rows: Tensor, weight: Tensor, bias: Tensor | None, projection: Projection, needed: list[bool]):
+        self.projection, self.dtypes = projection, (weight.dtype, bias.dtype if bias is not None else None)
+        V, dtype = len(projection.weight), projection.accumulate_dtype
+        self.rows = torch.empty_like(rows) if needed[0] else None
+        self.weight = torch.empty_like(weight, dtype=dtype) if needed[1] else None
+        self.bias = torch.zeros_like(bias, dtype=dtype) if needed[2] else None
+        if self.weight is not None:
+            # the first chunk, where there is one, writes all but the padding rows
+            self.weight[V if len(rows) else 0 :].zero_()
+
+    def add(self, chunk: Chunk, scale: Tensor) -> None:
+        """Add the gradient of sum(scale * nll) over the chunk's rows; scale is (C, 1). Uses up `chunk.exps`."""
+        V = len(self.projection.weight)
+        grad = chunk.exps  # d nll / d logits = exps / sums - onehot
+        grad.scatter_(1, chunk.targets, grad.gather(1, chunk.targets) - chunk.sums)
+        grad.mul_(scale * chunk.trained / chunk.sums)  # (C, V)
+        if self.bias is not None:
+            self.bias[:V] += grad.sum(0)
+        exact = grad.dtype == chunk.product.dtype
+        if not exact:
+            grad = chunk.product.copy_(grad)
+        if self.rows is not None and exact:
+            torch.mm(grad, self.projection.weight, out=self.rows[chunk.place])  # (C, D)
+        elif self.rows is not None:
+            self.rows[chunk.place] = torch.mm(grad, self.projection.weight)
+        if self.weight is not None:
+            total, keep = self.weight[:V], 0 if chunk.place.start == 0 else 1
+            if exact:
+                total.addmm_(grad.t(), chunk.rows, beta=keep)  # (V, D)
+            elif keep:
+                total.add_(torch.mm(grad.t(), chunk.rows))
+            else:
+                total.copy_(torch.mm(grad.t(), chunk.rows))
+
+    def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients, each in the dtype of what it belongs to."""
+        weight = None if self.weight is None else self.weight.to(self.dtypes[0])
+        bias = None if self.bias is None else self.bias.to(self.dtypes[1])
+        return self.rows, weight, bias
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The summed loss; forward makes the gradients for a scale of 1, backward scales them in place."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, bias, targets, vocab_size, chunk_tokens, dtype):
+        projection = Projection.of(weight, bias, vocab_size, dtype)
+        gradients = Gradients(rows, weight, bias, projection, ctx.needs_input_grad[:3])
+        nll = rows.new_empty(len(rows), dtype=projection.accumulate_dtype)
+        for chunk in softmax_chunks(rows, projection, targets, chunk_tokens):
+            nll[chunk.place] = chunk.nll
+            gradients.add(chunk, torch.ones_like(chunk.sums))
+        ctx.gradients = gradients.finished()
+        return nll.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "backward through chunked_cross_entropy a second time: its gradients were handed over the first time; "
+                "call the model again, or use cross_entropy"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if gradient is None else gradient.mul_(scale) for gradient in gradients), *[None] * 4
+
+
+class LinearLogprobs(torch.autograd.Function):
+    """log p(target) of each row; backward makes the logits again, a chunk at a time."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, bias, targets, vocab_size, chunk_tokens, dtype):
+        ctx.save_for_backward(rows, weight, bias, targets)
+        ctx.settings = vocab_size, chunk_tokens, dtype
+        projection = Projection.of(weight, bias, vocab_size, dtype)
+        logprobs = rows.new_empty(len(rows), dtype=projection.accumulate_dtype)
+        for chunk in softmax_chunks(rows, projection, targets, chunk_tokens):
+            logprobs[chunk.place] = -chunk.nll
+        return logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, weight, bias, targets = ctx.saved_tensors
+        vocab_size, chunk_tokens, dtype = ctx.settings
+        projection = Projection.of(weight, bias, vocab_size, dtype)
+        gradients = Gradients(rows, weight, bias, projection, ctx.needs_input_grad[:3])
+        for chunk in softmax_chunks(rows, projection, targets, chunk_tokens):
+            gradients.add(chunk, -grad[chunk.place][:, None])
+        return *gradients.finished(), *[None] * 4
