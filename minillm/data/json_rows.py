@@ -1,0 +1,170 @@
+"""Rows of JSON and the text in them: the lines of a .jsonl, the elements of the list that a .json is.
+
+A list is read element by element, so that memory is bounded by the largest row and not by the file.
+"""
+
+import codecs
+import json
+from collections.abc import Iterator
+from typing import BinaryIO
+
+CHUNK = 2**20
+NOT_A_LIST = "a list of rows is expected, [...]; if each line is a row of its own, name the file .jsonl"
+
+
+def jsonl_rows(text: str, file: str, first_line: int) -> list[tuple[int, object]]:
+    """(line, value) of each row of JSONL; lines without anything are no rows."""
+    lines = [(n, row) for n, row in enumerate(text.split("\n"), first_line) if row and not row.isspace()]
+    # One list is parsed twice as fast as its rows. The zeros keep rows apart that would be whole only together.
+    try:
+        values = json.loads(f"[{',0,'.join([row for _, row in lines])}]")
+    except (ValueError, RecursionError):
+        values = []
+    if len(values) == 2 * len(lines) - 1 and not any(values[1::2]):
+        return [(line, value) for (line, _), value in zip(lines, values[::2])]
+    return [(line, json_value(row, f"{file}:{line}")) for line, row in lines]
+
+
+def json_value(row: str, place: str) -> object:
+    try:
+        return json.loads(row)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not valid JSON: {error.msg} (column {error.colno})") from None
+    except (RecursionError, ValueError) as error:  # nested, or with digits, beyond Python's limits
+        raise ValueError(f"{place}: not valid JSON: {error}") from None
+
+
+def row_texts(rows: list[tuple[int, object]], file: str, field: str) -> list[tuple[int, str]]:
+    """(line, text) of each row. Raises ValueError naming the first row that has none."""
+    found = [value.get(field) if isinstance(value, dict) else value for _, value in rows]
+    try:
+        together = "".join(found)
+        together.encode()
+    except (TypeError, UnicodeEncodeError):
+        together = "\0"
+    if "\0" in together or "\r\n" in together:
+        found = [row_text(value, f"{file}:{line}", field) for line, value in rows]
+    return [(line, text) for (line, _), text in zip(rows, found)]
+
+
+def row_text(value: object, place: str, field: str) -> str:
+    """The text of a JSON row. Raises ValueError where there is none, or it holds what is no character."""
+    text, what = value, f"the row is {named(value)}"
+    if isinstance(value, dict):
+        if field not in value:
+            found = ", ".join(map(str, value)) or "no fields"
+            missing = f'field "{field}" is missing (found: {found})'
+            raise ValueError(f"{place}: {missing}; set data.text_field or fix the line")
+        text = value[field]
+        what = f'field "{field}" is {named(text)}'
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: {what}; text is expected; set data.text_field or fix the line")
+    if "\0" in text:
+        raise ValueError(f"{place}: a NUL character in the text; remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        surrogate = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"{place}: half a character, {surrogate}, in the text; fix the line") from None
+    return text.replace("\r\n", "\n")
+
+
+def named(value: object) -> str:
+    """A JSON value in words: `a number`."""
+    if value is None:
+        return "null"
+    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
+    return kinds[type(value)]
+
+
+class JsonListReader:
+    """The text of the file from a position on, of which only as much is held as is being parsed."""
+
+    def __init__(self, name: str, file: BinaryIO, max_row: int):
+        self.name, self.file, self.max_row = name, file, max_row
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text, self.at = "", 0
+        self.line, self.counted = 1, 0  # the line of text[counted]
+        self.bytes_read, self.lines_read = 0, 0
+        self.ended = False
+
+    def refill(self) -> bool:
+        """Drop what is behind, read more; at least as much again as is held. False at the end of the file."""
+        if self.ended:
+            return False
+        self.line_at(self.at)
+        self.text, self.at, self.counted = self.text[self.at :], 0, 0
+        data = self.file.read(max(CHUNK, len(self.text)))
+        self.ended = not data
+        pending = len(self.decoder.getstate()[0])
+        try:
+            self.text += self.decoder.decode(data, final=self.ended)
+        except UnicodeDecodeError as error:
+            read = self.lines_read + error.object.count(b"\n", pending, error.start)
+            byte = self.bytes_read - pending + error.start
+            raise ValueError(f"{self.name}:{read + 1}: not UTF-8 at byte {byte}; convert the file to UTF-8") from None
+        self.bytes_read += len(data)
+        self.lines_read += data.count(b"\n")
+        return True
+
+    def line_at(self, position: int) -> int:
+        """The line of a position in the text; positions must not go back."""
+        self.line += self.text.count("\n", self.counted, position)
+        self.counted = position
+        return self.line
+
+    def refuse(self, position: int, what: str) -> ValueError:
+        return ValueError(f"{self.name}:{self.line_at(position)}: {what}")
+
+    def next_sign(self) -> str:
+        """The next character that is not white space, not yet taken; "" at the end of the file."""
+        while True:
+            while self.at < len(self.text):
+                if self.text[self.at] not in " \t\r\n":
+                    return self.text[self.at]
+                self.at += 1
+            if not self.refill():
+                return ""
+
+    def value(self) -> tuple[int, object, int]:
+        """(line, value, characters) of the JSON value here."""
+        decoder = json.JSONDecoder()
+        while True:
+            try:
+                value, end = decoder.raw_decode(self.text, self.at)
+            except (ValueError, RecursionError) as error:
+                # The value may only be incomplete. One that is broken fails again, at the same place.
+                if len(self.text) - self.at <= self.max_row and self.refill():
+                    continue
+                at, message = getattr(error, "pos", self.at), getattr(error, "msg", str(error))
+                if len(self.text) - self.at > self.max_row:
+                    at, message = self.at, f"{message}, or the row has more than {self.max_row:,} characters"
+                raise self.refuse(at, f"not valid JSON: {message}") from None
+            line, length = self.line_at(self.at), end - self.at
+            self.at = end
+            return line, value, length
+
+
+def json_list_rows(name: str, file: BinaryIO, max_row: int) -> Iterator[tuple[int, object, int]]:
+    """(line, value, characters) of each element. Raises ValueError with the line where the file is no JSON list."""
+    reader = JsonListReader(name, file, max_row)
+    sign = reader.next_sign()
+    if not sign:
+        return
+    if sign != "[":
+        raise reader.refuse(reader.at, NOT_A_LIST)
+    reader.at += 1
+    if reader.next_sign() == "]":
+        sign = "]"
+    while sign != "]":
+        yield reader.value()
+        sign = reader.next_sign()
+        if sign not in ("]", ","):
+            ended = "the file ends inside the list" if not sign else f"',' or ']' is expected, found {sign!r}"
+            raise reader.refuse(reader.at, f"not valid JSON: {ended}")
+        if sign == ",":
+            reader.at += 1
+            reader.next_sign()
+    reader.at += 1
+    if reader.next_sign():
+        raise reader.refuse(reader.at, "not valid JSON: text after the end of the list")

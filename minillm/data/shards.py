@@ -1,0 +1,176 @@
+"""Prepared tokens: made once from text, tokenizer and settings, found again as long as none of them has changed."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from minillm.data.config import DataConfig
+from minillm.data.store import FORMAT, Prepared, TokenStore, index_hash, is_prepared, open_prepared, verify
+from minillm.data.text import find_files
+from minillm.data.tokenise import Reading, count, tokenise
+from minillm.data.workers import Workers
+from minillm.files import BusyError, atomic_directory, locked, sha256, write_atomically
+from minillm.tokenizer import Tokenizer
+
+__all__ = ["Prepared", "TokenStore", "changed_files", "describe", "is_prepared", "open_prepared", "prepare", "verify"]
+
+logger = logging.getLogger("minillm")
+
+SHARD_TOKENS = 2**28  # 512 MiB of uint16
+SMALL_CORPUS = 2**24  # bytes: 16 MiB are tokenised here in the time it takes to start processes
+HASHED_CORPUS = 2**26  # bytes: up to 64 MiB, content decides whether a file has changed; beyond, size and mtime
+
+
+def prepare(
+    config: DataConfig, tokenizer: Tokenizer, *, progress: bool | None = None, shard_tokens: int = SHARD_TOKENS
+) -> Prepared:
+    """Tokenise `config.path` into `config.cache_dir`, or open what is there from the same text and settings.
+
+    To be called before a process group exists; of several processes one prepares and the others wait. A path that is
+    itself a folder of prepared tokens is opened. `progress` None shows a bar where there is a terminal.
+    Raises ValueError, naming file and line, for text that cannot be used; nothing half-written is left.
+    """
+    if isinstance(config.path, str) and is_prepared(config.path):
+        return open_prepared(config.path, tokenizer.hash)
+    identity = identify(config, tokenizer, shard_tokens)
+    stem = re.sub(r"[^\w.-]+", "-", Path(identity["files"][0]["path"]).name).strip("-.") or "text"
+    directory = Path(config.cache_dir).expanduser() / f"{stem}-{identity['fingerprint'][:16]}"
+    if not directory.exists():
+        lock = directory.with_name(f"{directory.name}.lock")
+        try:
+            with locked(lock):
+                make(directory, identity, config, tokenizer, progress)
+        except BusyError:
+            logger.info("%s: another process is preparing it; waiting", directory)
+            with locked(lock, wait=True):
+                make(directory, identity, config, tokenizer, progress)
+    return open_prepared(directory, tokenizer.hash)
+
+
+def identify(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int) -> dict:
+    """All that the tokens depend on, and its hash, the fingerprint."""
+    identity = {
+        "format": FORMAT,
+        "tokenizer": {"hash": tokenizer.hash, "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size},
+        "settings": {"document": config.document, "text_field": config.text_field, "val": str(config.val)},
+        "shard_tokens": shard_tokens,
+        "files": corpus_files(config),
+    }
+    return identity | {"fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
+
+
+def corpus_files(config: DataConfig) -> list[dict]:
+    """The files to read, each with its split and what tells whether it has changed.
+
+    That is the content where hashing takes no time, so that a copy or a touch changes nothing; the size and the time
+    of the last change otherwise.
+    """
+    if not config.path:
+        raise ValueError("data.path: no path given; name files, folders or globs of text")
+    split = config.val_split()
+    paths = [(path, "train") for path in named("data.path", config.path)]
+    if split.kind == "path":
+        held_out = named("data.val", split.path, "; a fraction, 'hash F', a path or 0 is expected")
+        same = {path.resolve() for path in held_out}
+        paths = [(path, split) for path, split in paths if path.resolve() not in same]
+        paths += [(path, "val") for path in held_out]
+    total = sum(path.stat().st_size for path, _ in paths)
+    return [{"path": str(path), "split": split} | state(path, total <= HASHED_CORPUS) for path, split in paths]
+
+
+def named(field: str, path: str | list[str], hint: str = "") -> list[Path]:
+    try:
+        return find_files(path)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}{hint}") from None
+
+
+def state(path: Path, hashed: bool) -> dict:
+    """A file's size, and its sha256 or the time of its last change."""
+    try:
+        stat = path.stat()
+        return {"size": stat.st_size} | ({"sha256": sha256(path)} if hashed else {"mtime_ns": stat.st_mtime_ns})
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def changed_files(info: dict) -> list[str]:
+    """Of the files that tokens were prepared from, those that are gone or are not as they were."""
+    changed = []
+    for file in info["files"]:
+        path = Path(file["path"])
+        if not path.is_file() or not state(path, "sha256" in file).items() <= file.items():
+            changed.append(file["path"])
+    return changed
+
+
+def make(directory: Path, identity: dict, config: DataConfig, tokenizer: Tokenizer, progress: bool | None) -> None:
+    """Write the folder, unless it appeared while we waited for its lock, which the caller holds."""
+    if directory.exists():
+        return
+    for stale in directory.parent.glob(f".{directory.name}.*.tmp"):  # of a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    files = [(file["path"], file["split"]) for file in identity["files"]]
+    size = sum(file["size"] for file in identity["files"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with (
+        Workers(config.workers or (1 if size <= SMALL_CORPUS else cores)) as workers,
+        atomic_directory(directory) as temporary,
+    ):
+        reading = Reading(files, size, config, workers, progress)
+        counts = count(reading)
+        splits = tokenise(reading, counts, tokenizer, identity["shard_tokens"], temporary)
+        changed = changed_files(identity)
+        if changed:
+            raise ValueError(f"data.path: {', '.join(changed[:5])} changed while being read; prepare again")
+        assert sum(split["n_chars"] for split in splits.values()) == sum(counts.n_chars), (splits, sum(counts.n_chars))
+        index = identity | {"skipped": {"blank_documents": counts.n_blank, "empty_files": counts.empty}}
+        index |= {"splits": splits}
+        write_atomically(temporary / "index.json", json.dumps(index | {"hash": index_hash(index)}, indent=1) + "\n")
+    logger.info("%s: prepared %d tokens to train on", directory, splits["train"]["n_tokens"])
+    for line in skipped(index):
+        logger.info("%s: %s", directory, line)
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
+
+
+def describe(prepared: Prepared) -> str:
+    """What `minillm data info` prints."""
+    info = prepared.info
+    lines = [f"{prepared.directory}", f"{'':8}{'documents':>14}{'tokens':>16}{'bytes':>18}{'bytes/token':>13}"]
+    for store in filter(None, (prepared.train, prepared.val)):
+        numbers = f"{store.n_documents:>14,}{store.n_tokens:>16,}{store.n_bytes:>18,}"
+        lines.append(f"{store.split:8}{numbers}{store.n_bytes / store.n_tokens:>13.2f}")
+    tokenizer, settings = info["tokenizer"], info["settings"]
+    lines.append(f"tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} ids, hash {tokenizer['hash']}")
+    lines.append("settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    shards = sum(len(split["shards"]) for split in info["splits"].values())
+    dtype = info["splits"]["train"]["shards"][0]["dtype"]
+    lines.append(f"{shards} shard{'s' * (shards > 1)} of {dtype}, fingerprint {info['fingerprint']}")
+    lines += skipped(info)
+    changed = set(changed_files(info))
+    files = info["files"]
+    lines.append(f"{len(files)} file{'s' * (len(files) > 1)}:")
+    for file in files[:20]:
+        note = "  (changed since, or gone)" if file["path"] in changed else ""
+        held_out = "  (val)" if file["split"] == "val" else ""
+        lines.append(f"  {file['size']:>14,} bytes  {file['path']}{held_out}{note}")
+    if len(files) > 20:
+        more = f"; changed since, or gone: {len(changed)}" if changed else ""
+        lines.append(f"  and {len(files) - 20} more{more}")
+    return "\n".join(lines)
+
+
+def skipped(info: dict) -> list[str]:
+    """What of the corpus had no text, a line each."""
+    blank, empty = info["skipped"]["blank_documents"], info["skipped"]["empty_files"]
+    lines = [f"skipped {blank:,} blank document{'s' * (blank > 1)}"] if blank else []
+    if empty:
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        lines.append(f"skipped {len(empty)} file{'s' * (len(empty) > 1)} without text: {', '.join(empty[:5])}{more}")
+    return lines

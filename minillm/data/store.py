@@ -1,0 +1,306 @@
+"""Prepared tokens on disk: what is written, how it is read back, and how damage is noticed.
+
+    index.json            what everything is made from, and the size and sha256 of each file below
+    train-00000.npy ...   token ids, uint16 or uint32; all but the last shard are equally long
+    train-offsets.npy     int64, n_documents + 1: document i is tokens offsets[i] .. offsets[i + 1] - 1
+    train-sources.npy     (file, line) of each document: a row of `files` in the index, and the line where it starts
+    val-...               the same for what is held out
+
+Everything is plain .npy and memory-mapped: opening costs no memory, and numpy.load reads each file.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from minillm.files import read_json, sha256
+
+FORMAT = "minillm tokens 1"
+SOURCE = np.dtype([("file", "<u4"), ("line", "<u8")])
+SMALL = 2**26  # bytes: tokens up to 64 MiB are verified in full at every open, some 0.1 s
+SAMPLES = 16  # of larger ones, so many pages of each shard are looked at
+PAGE = 2048  # tokens
+STRIDE = 2**22  # items looked at together, so that checking needs little memory
+
+
+class TokenStore:
+    """The documents of one split as one long array of tokens; each document is bos, its tokens, eos."""
+
+    def __init__(self, directory: Path, split: str, index: dict):
+        entry = index["splits"][split]
+        self.directory, self.split = directory, split
+        self.n_tokens: int = entry["n_tokens"]
+        self.n_documents: int = entry["n_documents"]
+        self.n_bytes: int = entry["n_bytes"]  # of text as UTF-8, which is what bits per byte divides by
+        self.n_chars: int = entry["n_chars"]
+        self.vocab_size: int = index["tokenizer"]["vocab_size"]
+        self.tokenizer_hash: str = index["tokenizer"]["hash"]
+        self.fingerprint: str = index["fingerprint"]
+        self.files = [file["path"] for file in index["files"]]
+        self.shards = [open_array(directory, shard) for shard in entry["shards"]]
+        self.shard_tokens = len(self.shards[0])
+        self.document_offsets = open_array(directory, entry["offsets"])
+        self.sources = open_array(directory, entry["sources"])
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start .. stop - 1, in the stored type: a view of the file, a copy only where shards meet."""
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.n_tokens}")
+        first, last = start // self.shard_tokens, max(start, stop - 1) // self.shard_tokens
+        if first == last:
+            base = first * self.shard_tokens
+            return self.shards[min(first, len(self.shards) - 1)][start - base : stop - base]
+        parts = []
+        for number in range(first, last + 1):
+            base = number * self.shard_tokens
+            parts.append(self.shards[number][max(start - base, 0) : stop - base])
+        return np.concatenate(parts)
+
+    def document(self, number: int) -> np.ndarray:
+        """The tokens of a document, bos and eos included."""
+        start, stop = self.document_offsets[number : number + 2].tolist()
+        return self.tokens(start, stop)
+
+    def source(self, document: int) -> str:
+        """Where a document starts: `file:line`."""
+        file, line = self.sources[document].item()
+        return f"{self.files[file]}:{line}"
+
+
+class Prepared(NamedTuple):
+    """Tokens ready to train on; `info` is the index."""
+
+    train: TokenStore
+    val: TokenStore | None
+    info: dict
+    directory: Path
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def is_prepared(path: str | Path) -> bool:
+    """Whether a path is a folder of prepared tokens."""
+    index = Path(path) / "index.json"
+    return index.is_file() and read_json(index).get("format") == FORMAT
+
+
+def open_prepared(directory: str | Path, tokenizer_hash: str | None = None) -> Prepared:
+    """Open prepared tokens, refusing what is damaged or, where a hash is given, made by another tokenizer.
+
+    Sizes and headers are always checked; the content in full up to SMALL bytes, beyond that the ids of a few pages.
+    `verify` checks everything.
+    """
+    directory = Path(directory)
+    index = read_index(directory)
+    if tokenizer_hash is not None and tokenizer_hash != index["tokenizer"]["hash"]:
+        raise ValueError(
+            f"{directory}: prepared with another tokenizer (hash {index['tokenizer']['hash']}) than the one given "
+            f"(hash {tokenizer_hash}); give that tokenizer, or prepare the text again with this one"
+        )
+    stores = {split: TokenStore(directory, split, index) for split in index["splits"]}
+    small = sum(shard["size"] for entry in index["splits"].values() for shard in entry["shards"]) <= SMALL
+    problems = list(damage(directory, index) if small else sampled_damage(stores, index))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return Prepared(stores["train"], stores.get("val"), index, directory)
+
+
+def verify(directory: str | Path) -> None:
+    """Read everything: ids, offsets, hashes. Raises ValueError with all that is wrong, one a line."""
+    directory = Path(directory)
+    index = read_index(directory)
+    for split in index["splits"]:
+        TokenStore(directory, split, index)
+    problems = list(damage(directory, index))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def read_index(directory: Path) -> dict:
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such folder; `minillm data prepare` makes one")
+    index = read_json(directory / "index.json")
+    if index.get("format") != FORMAT:
+        raise ValueError(f"{directory}/index.json: format {index.get('format')!r}, expected {FORMAT!r}")
+    if index.get("hash") != index_hash(index):
+        raise ValueError(f"{directory}/index.json: changed since it was written; {advice(directory)}")
+    return index
+
+
+def index_hash(index: dict) -> str:
+    """The hash that an index carries of everything else in it."""
+    content = {key: value for key, value in index.items() if key != "hash"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def open_array(directory: Path, entry: dict) -> np.ndarray:
+    """A .npy file, memory-mapped, after a look at its size and header."""
+    path = directory / entry["file"]
+    if not path.is_file():
+        raise ValueError(f"{path}: the file is missing; {advice(directory)}")
+    size = path.stat().st_size
+    if size != entry["size"]:
+        what = "truncated" if size < entry["size"] else "not the one that was prepared"
+        raise ValueError(f"{path}: the file is {what}: {size:,} bytes, expected {entry['size']:,}; {advice(directory)}")
+    try:
+        array = np.load(path, mmap_mode="r")
+    except ValueError as error:
+        raise ValueError(f"{path}: the header is damaged: {error}; {advice(directory)}") from None
+    if array.shape != (entry["length"],) or array.dtype != np.dtype(dtype_of(entry)):
+        found = f"{array.shape} of {array.dtype}, expected ({entry['length']},) of {entry['dtype']}"
+        raise ValueError(f"{path}: the header is damaged: {found}; {advice(directory)}")
+    return np.asarray(array)  # still the mapped file; slices of np.memmap itself are slow
+
+
+def dtype_of(entry: dict) -> np.dtype:
+    return SOURCE if entry["dtype"] == "source" else np.dtype(entry["dtype"])
+
+
+def advice(directory: Path) -> str:
+    return f"delete {directory} to have it prepared again"
+
+
+def damage(directory: Path, index: dict) -> Iterator[str]:
+    """What is wrong with the content, a line each."""
+    vocab_size = index["tokenizer"]["vocab_size"]
+    for entry in index["splits"].values():
+        for shard in entry["shards"]:
+            yield from beyond_vocabulary(directory, shard, open_array(directory, shard), vocab_size)
+        offsets = open_array(directory, entry["offsets"])
+        ordered = all((np.diff(offsets[at : at + STRIDE + 1]) >= 2).all() for at in range(0, len(offsets), STRIDE))
+        if offsets[0] != 0 or offsets[-1] != entry["n_tokens"] or not ordered:
+            yield f"{directory / entry['offsets']['file']}: the offsets are not those of documents; {advice(directory)}"
+        for file in (*entry["shards"], entry["offsets"], entry["sources"]):
+            found = sha256(directory / file["file"])
+            if found != file["sha256"]:
+                hashes = f"sha256 {found}, expected {file['sha256']}"
+                yield f"{directory / file['file']}: changed since it was prepared: {hashes}; {advice(directory)}"
+
+
+def sampled_damage(stores: dict[str, TokenStore], index: dict) -> Iterator[str]:
+    """A cheap look at the ids of large shards: some pages of each, evenly spread."""
+    for split, store in stores.items():
+        for shard, tokens in zip(index["splits"][split]["shards"], store.shards):
+            for page in range(SAMPLES):
+                start = page * max(len(tokens) - PAGE, 0) // (SAMPLES - 1)
+                found = tokens[start : start + PAGE]
+                yield from beyond_vocabulary(store.directory, shard, found, store.vocab_size, start)
+
+
+def beyond_vocabulary(
+    directory: Path, shard: dict, tokens: np.ndarray, vocab_size: int, base: int = 0
+) -> Iterator[str]:
+    """A line for the first of the tokens, which stand at `base` and after, that is no id of the vocabulary."""
+    for start in range(0, len(tokens), STRIDE):
+        part = tokens[start : start + STRIDE]
+        if part.max() >= vocab_size:
+            at = int(np.argmax(part >= vocab_size))
+            place = f"{directory / shard['file']}: position {base + start + at}"
+            yield f"{place}: token id {part[at]} is beyond the vocabulary of {vocab_size}; {advice(directory)}"
+            return
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+class GrowingArray:
+    """A one-dimensional .npy file, written piece by piece, whose length is known when it is closed."""
+
+    def __init__(self, path: Path, dtype: np.dtype | str, name: str | None = None):
+        self.path, self.dtype, self.name = path, np.dtype(dtype), name or np.dtype(dtype).name
+        self.length = 0
+        self.file = open(path, "wb")  # noqa: SIM115 (closed in close; an error on the way removes the folder)
+        self.header_size = self.write_header()
+
+    def write_header(self) -> int:
+        self.file.seek(0)
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self.file, header)  # leaves room for the length to grow
+        return self.file.tell()
+
+    def append(self, array: np.ndarray) -> None:
+        self.file.write(np.ascontiguousarray(array, dtype=self.dtype))
+        self.length += len(array)
+
+    def close(self) -> dict:
+        """What the index says of the file."""
+        grown = self.write_header()
+        assert grown == self.header_size, (grown, self.header_size)
+        self.file.close()
+        size = self.path.stat().st_size
+        entry = {"file": self.path.name, "length": self.length, "dtype": self.name, "size": size}
+        return entry | {"sha256": sha256(self.path)}
+
+
+class Written(NamedTuple):
+    """Pieces of documents of one file, encoded: what a SplitWriter takes."""
+
+    tokens: np.ndarray  # of all pieces, bos and eos included
+    lengths: np.ndarray  # tokens of each piece
+    starts: np.ndarray  # bool: whether the piece starts a document
+    ends: np.ndarray  # bool: whether it ends one
+    lines: np.ndarray  # where each piece stands in the file
+    n_chars: np.ndarray
+    n_bytes: np.ndarray
+
+    def where(self, mine: np.ndarray) -> "Written":
+        """The pieces that a mask selects."""
+        if mine.all():
+            return self
+        tokens, *per_piece = self
+        return Written(tokens[np.repeat(mine, self.lengths)], *(values[mine] for values in per_piece))
+
+
+class SplitWriter:
+    """Writes the files of one split."""
+
+    def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int):
+        self.directory, self.split, self.dtype, self.shard_tokens = directory, split, dtype, shard_tokens
+        self.shards: list[dict] = []
+        self.shard: GrowingArray | None = None
+        self.offsets = GrowingArray(directory / f"{split}-offsets.npy", "<i8")
+        self.sources = GrowingArray(directory / f"{split}-sources.npy", SOURCE, "source")
+        self.offsets.append(np.zeros(1))
+        self.n_tokens = self.n_chars = self.n_bytes = 0
+
+    def append(self, written: Written, file: int) -> None:
+        ends = self.n_tokens + np.cumsum(written.lengths)
+        self.offsets.append(ends[written.ends])
+        sources = np.empty(int(written.starts.sum()), SOURCE)
+        sources["file"], sources["line"] = file, written.lines[written.starts]
+        self.sources.append(sources)
+        self.n_tokens += len(written.tokens)
+        self.n_chars += int(written.n_chars.sum())
+        self.n_bytes += int(written.n_bytes.sum())
+        tokens = written.tokens
+        while len(tokens):
+            if self.shard is None:
+                name = f"{self.split}-{len(self.shards):05d}.npy"
+                self.shard = GrowingArray(self.directory / name, self.dtype)
+            room = self.shard_tokens - self.shard.length
+            self.shard.append(tokens[:room])
+            tokens = tokens[room:]
+            if self.shard.length == self.shard_tokens:
+                self.shards.append(self.shard.close())
+                self.shard = None
+
+    def close(self) -> dict:
+        """What the index says of the split."""
+        if self.shard is not None:
+            self.shards.append(self.shard.close())
+        offsets, sources = self.offsets.close(), self.sources.close()
+        assert offsets["length"] == sources["length"] + 1, (self.split, offsets, sources)
+        return {
+            "n_documents": sources["length"],
+            "n_tokens": self.n_tokens,
+            "n_chars": self.n_chars,
+            "n_bytes": self.n_bytes,
+            "shards": self.shards,
+            "offsets": offsets,
+            "sources": sources,
+        }
