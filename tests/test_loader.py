@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from minillm.data.config import DataConfig
 from minillm.data.inspect import inspect_lines
 from minillm.data.loader import Loader, eval_batches
+from minillm.data.shards import prepare
 from minillm.losses import IGNORE_INDEX
+from minillm.tokenizer import TokenizerConfig, train_tokenizer
 
 
 class CountingStore:
@@ -287,6 +290,24 @@ def test_inspect_prints_the_source_the_tokens_and_the_text_of_each_piece():
     assert lines[0] == "sample 0: epoch 0, row 0, 16 tokens"
     assert lines[1].split() == ["0", "book.txt:1", "tokens", "0-4", r"0\n1\n2\n3\n4"]
     assert lines[2].split() == ["5", "book.txt:2", "tokens", "0-10", r"6\n7\n8\n9\n10\n11\…"]
+
+
+@both
+def test_rows_of_prepared_text_spell_the_text_across_shards(tmp_path, packing):
+    texts = [f"{i} " + "years of rain. " * (i % 9) for i in range(40)]
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    tokenizer = train_tokenizer([], TokenizerConfig(kind="byte"))
+    config = DataConfig(path=str(tmp_path / "a.txt"), document="line", val="0", cache_dir=str(tmp_path / "cache"))
+    store = prepare(config, tokenizer, shard_tokens=100).train
+    assert len(store.shards) > 10
+    one = loader(store, packing, samples_per_step=1)
+    learned = Counter(targets_of(epoch_batches(one)))
+    expected = Counter(store.tokens(0, store.n_tokens).tolist())
+    assert learned == expected - Counter({tokenizer.bos_id: 40 if packing else 0})
+    lines = list(inspect_lines(one, 0, tokenizer))
+    assert any(text[:20] in line for text in texts for line in lines)
+    assert f"{tmp_path}/a.txt:" in lines[1]
+    assert len(list(tmp_path.glob("cache/*/packing-16-*"))) == packing
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
