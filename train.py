@@ -204,7 +204,7 @@ def make_trainer(
     trainer = Trainer(
         model,
         optimizer,
-        NextToken(),
+        NextToken(model_config.vocab_size),
         loader,
         train,
         steps=steps,

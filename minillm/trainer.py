@@ -94,9 +94,9 @@ def total_steps(config: TrainConfig, loader: Loader) -> int:
 
 def dropout_seed(seed: int, step: int, micro_batch: int, dp_rank: int) -> int:
     """A 63-bit seed that differs wherever one of the four does: each is folded in by a multiply-xor round."""
-    mixed = seed
-    for value in (step, micro_batch, dp_rank):
-        mixed = (mixed ^ value) * 0x9E3779B97F4A7C15 % 2**64  # 2**64 / golden ratio (Knuth, TAOCP 3, 6.4)
+    mixed = 0
+    for value in (seed, step, micro_batch, dp_rank):
+        mixed = (mixed ^ value + 1) * 0x9E3779B97F4A7C15 % 2**64  # 2**64 / golden ratio (Knuth, TAOCP 3, 6.4)
         mixed ^= mixed >> 29
     return mixed >> 1
 

@@ -62,7 +62,7 @@ def make_trainer(directory=None, loader=None, steps=STEPS, dropout=0.0, **option
         loader or Rows(),
         TrainConfig(**fields),
         steps=steps,
-        lr_at=lambda step: 1e-2 * (1 - step / 100),
+        lr_at=lambda step: 1e-2 / (1 + step) ** 0.5,
         dist=Context(torch.device("cpu")),
         run=RunDirectory(directory) if directory else None,
         **options,
