@@ -132,7 +132,9 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float
     return F.dropout(weights, dropout) @ v  # (B, H, T, d)
 
 
-@torch.compiler.disable  # the lengths differ in every batch: compiled, each batch would be compiled anew
+# The lengths differ in every batch, and compiled code would be compiled anew for each. (The public torch.compiler.disable
+# does the same, but imports the compiler at once, which takes seconds.)
+@torch._disable_dynamo
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
     """Attention of each packed document by itself, so that no time goes into pairs that may not see each other."""
     B, H, T, d = q.shape

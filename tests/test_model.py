@@ -1,0 +1,402 @@
+"""The whole model: the same numbers as transformers, and the properties that training and generation rely on."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minillm.model.config import ModelConfig, ModelSection
+from minillm.model.layers import RMSNorm, Rope, SwiGLU
+from minillm.model.transformer import Transformer
+
+TINY = {"vocab_size": 61, "dim": 32, "n_layers": 2, "n_heads": 4, "ffn_dim": 48, "max_seq_len": 32}
+STYLES = {
+    "llama": {"n_kv_heads": 2},
+    "qwen3": {"n_kv_heads": 2, "head_dim": 12, "qk_norm": True},
+    "gpt2": {"norm": "layernorm", "position": "learned", "mlp": "gelu"}
+    | {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    "no positions": {"position": "none", "tie_embeddings": False},
+}
+
+
+def build(**fields) -> Transformer:
+    """A tiny model in which nothing is at a value that could hide a mistake (norms of 1, biases of 0)."""
+    model = Transformer(ModelConfig(**(TINY | fields)))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def some_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=STYLES, ids=list(STYLES))
+def style(request) -> dict:
+    return STYLES[request.param]
+
+
+# --- the same numbers as an independent implementation ---------------------------------------------------------------
+
+BLOCK_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "self_attn": "attn",
+    "model.layers": "blocks",
+    "model.embed_tokens": "embed",
+    "model.norm": "norm",
+}
+
+
+def from_llama_names(name: str) -> str:
+    for theirs, ours in BLOCK_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def from_gpt2(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """GPT-2 keeps its matrices transposed, and q, k, v as one."""
+    names = {"transformer.h.": "blocks.", "transformer.ln_f": "norm", "transformer.wte": "embed"}
+    names |= {"transformer.wpe": "pos_embed", "ln_1": "attn_norm", "ln_2": "mlp_norm", "attn.c_proj": "attn.o_proj"}
+    names |= {"mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
+    ours = {}
+    for name, tensor in tensors.items():
+        if "c_" in name and name.endswith("weight"):
+            tensor = tensor.T
+        for theirs, new in names.items():
+            name = name.replace(theirs, new)
+        if "c_attn" in name:
+            for part, piece in zip("qkv", tensor.chunk(3)):
+                ours[name.replace("c_attn", f"{part}_proj")] = piece
+        else:
+            ours[name] = tensor
+    return ours
+
+
+def check_against_transformers(theirs, ours: Transformer, translate) -> None:
+    """Same logits and, for the loss of next-token prediction, same gradients of every parameter."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # its own start has norms of 1 and biases of 0
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.eval()
+    tensors = translate({name: p.detach() for name, p in theirs.named_parameters()})
+    assert set(tensors) == {name for name, _ in ours.named_parameters()}
+    ours.load_state_dict(tensors | {"lm_head.weight": theirs.lm_head.weight.detach()})
+    tokens = some_tokens(3, 20)
+    logits, reference = ours(tokens), theirs(tokens).logits
+    torch.testing.assert_close(logits, reference, atol=1e-4, rtol=1e-5)
+    for output in (logits, reference):
+        F.cross_entropy(output[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    gradients = translate({name: p.grad for name, p in theirs.named_parameters()})
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_llama_equals_transformers(tied):
+    transformers = pytest.importorskip("transformers", reason="the reference library, extra `test`")
+    shape = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5, "tie_word_embeddings": tied}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    ours = Transformer(ModelConfig(**TINY, n_kv_heads=2, norm_eps=1e-5, tie_embeddings=tied))
+    check_against_transformers(theirs, ours, lambda t: {from_llama_names(name): tensor for name, tensor in t.items()})
+
+
+def test_qwen2_equals_transformers():
+    transformers = pytest.importorskip("transformers", reason="the reference library, extra `test`")
+    shape = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "intermediate_size": 48, "tie_word_embeddings": True}
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape, rope_parameters=rope))
+    ours = Transformer(ModelConfig(**TINY, n_kv_heads=2, rope_theta=1e6, qkv_bias=True))
+    check_against_transformers(theirs, ours, lambda t: {from_llama_names(name): tensor for name, tensor in t.items()})
+
+
+def test_qwen3_equals_transformers():
+    transformers = pytest.importorskip("transformers", reason="the reference library, extra `test`")
+    shape = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 12}
+    shape |= {"num_key_value_heads": 2, "intermediate_size": 48, "tie_word_embeddings": True}
+    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape))
+    ours = Transformer(ModelConfig(**TINY, n_kv_heads=2, head_dim=12, qk_norm=True))
+    check_against_transformers(theirs, ours, lambda t: {from_llama_names(name): tensor for name, tensor in t.items()})
+
+
+def test_gpt2_equals_transformers():
+    transformers = pytest.importorskip("transformers", reason="the reference library, extra `test`")
+    shape = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 32}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
+    ours = Transformer(ModelConfig(**TINY, **STYLES["gpt2"], norm_eps=1e-5))
+    check_against_transformers(theirs, ours, from_gpt2)
+
+
+# --- who sees whom ----------------------------------------------------------------------------------------------------
+
+
+def test_the_future_cannot_change_the_past(style):
+    model = build(**style)
+    tokens = some_tokens(2, 20)
+    changed = tokens.clone()
+    changed[:, 12:] = some_tokens(2, 8, seed=1)
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert not torch.allclose(before[:, 12:], after[:, 12:])
+
+
+def test_a_bidirectional_model_sees_the_future(style):
+    model = build(**style, causal=False)
+    tokens = some_tokens(1, 20)
+    changed = tokens.clone()
+    changed[0, 19] = (tokens[0, 19] + 1) % TINY["vocab_size"]
+    assert (model(tokens)[0, 0] - model(changed)[0, 0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_documents_are_as_if_each_were_alone(style, causal):
+    """They do not see each other, and positions restart; an id used twice is two documents."""
+    model = build(**style, causal=causal)
+    tokens = some_tokens(2, 24)
+    doc_ids = torch.tensor([[5] * 7 + [6] * 1 + [5] * 16, [0] * 12 + [1] * 12])
+    packed = model(tokens, doc_ids=doc_ids)
+    for row, start, stop in ((0, 0, 7), (0, 7, 8), (0, 8, 24), (1, 0, 12), (1, 12, 24)):
+        alone = model(tokens[row : row + 1, start:stop])
+        torch.testing.assert_close(packed[row : row + 1, start:stop], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_positions_can_be_given():
+    model = build(position="learned")
+    tokens = some_tokens(1, 4)
+    shifted = model(tokens, positions=torch.tensor([[3, 4, 5, 6]]))
+    assert not torch.allclose(shifted, model(tokens))
+    # tokens before them that they cannot see leave them where they are
+    padded = model(
+        torch.cat([some_tokens(1, 3, seed=1), tokens], 1), torch.arange(7)[None], torch.tensor([[0] * 3 + [1] * 4])
+    )
+    torch.testing.assert_close(padded[:, 3:], shifted)
+
+
+def test_rope_depends_on_distance_alone():
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).double().unbind(0)
+
+    def score(m: int, n: int) -> float:
+        return (Rope(torch.tensor([[m]]), 8, 100.0)(q) * Rope(torch.tensor([[n]]), 8, 100.0)(k)).sum().item()
+
+    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-5)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+# --- what training relies on ------------------------------------------------------------------------------------------
+
+
+def test_dropout_acts_in_training_only():
+    model = build(dropout=0.3)
+    tokens = some_tokens(2, 16)
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+    assert torch.equal(model(tokens), build(dropout=0.0)(tokens))
+
+
+def test_dropout_acts_on_packed_documents_too():
+    model = build(dropout=0.3, n_heads=1)
+    model.dropout.p = 0.0
+    for block in model.blocks:
+        block.dropout.p = 0.0  # what is left is the dropout of the attention weights
+    tokens, doc_ids = some_tokens(1, 16), torch.tensor([[0] * 8 + [1] * 8])
+    assert not torch.equal(model(tokens, doc_ids=doc_ids), model(tokens, doc_ids=doc_ids))
+
+
+def test_padding_the_vocabulary_changes_nothing(style):
+    plain, padded = (
+        Transformer(ModelConfig(**(TINY | style))),
+        Transformer(ModelConfig(**(TINY | style), vocab_multiple=64)),
+    )
+    tokens = some_tokens(2, 10)
+    assert padded.embed.weight.shape[0] == padded.lm_head.weight.shape[0] == 64
+    assert padded(tokens).shape == (2, 10, 61)
+    torch.testing.assert_close(padded(tokens), plain(tokens))
+    padded(tokens).square().sum().backward()
+    assert padded.lm_head.weight.grad[61:].abs().max() == 0
+
+
+def test_the_head_gets_lm_head_and_the_last_hidden_state():
+    model = build()
+    tokens = some_tokens(2, 10)
+    seen = []
+    result = model(tokens, head=lambda lm_head, hidden: seen.append((lm_head, hidden)) or hidden.sum())
+    assert result.shape == ()
+    (lm_head, hidden), *_ = seen
+    assert lm_head is model.lm_head
+    torch.testing.assert_close(F.linear(hidden, lm_head.weight), model(tokens))
+
+
+def test_tied_embeddings_are_one_parameter():
+    tied, untied = build(), build(tie_embeddings=False)
+    assert tied.lm_head.weight is tied.embed.weight
+    assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters()) == 61 * 32
+    assert tied.double().lm_head.weight is tied.embed.weight
+
+
+def test_there_are_no_buffers(style):
+    assert list(build(**style).buffers()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_fp32(dtype):
+    model = build(**STYLES["qwen3"])
+    tokens, doc_ids = some_tokens(2, 16), torch.tensor([[0] * 8 + [1] * 8] * 2)
+    exact = model(tokens, doc_ids=doc_ids)
+    half = model.to(dtype)(tokens, doc_ids=doc_ids)
+    assert half.dtype == dtype
+    assert (half.float() - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+def test_autocast_gives_gradients_near_fp32():
+    model = build(**STYLES["qwen3"])
+    tokens = some_tokens(2, 16)
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(tokens).float().logsumexp(-1).sum()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rmsnorm_works_in_fp32_inside(dtype):
+    norm = RMSNorm(8, 1e-5).to(dtype)
+    torch.nn.init.uniform_(norm.weight)
+    x = 1e3 * torch.randn(3, 8, dtype=dtype)  # the mean of squares of these overflows fp16 and is coarse in bf16
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    torch.testing.assert_close(norm(x), exact.to(dtype))
+
+
+def test_gradients_written_by_hand_are_those_of_autograd():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    norm = RMSNorm(8, 1e-2).double()
+    torch.nn.init.uniform_(norm.weight)
+    assert torch.autograd.gradcheck(lambda x, w: torch.func.functional_call(norm, {"weight": w}, x), (x, norm.weight))
+    mlp = SwiGLU(ModelConfig(**(TINY | {"dim": 8, "n_heads": 1, "ffn_dim": 6}))).double()
+    assert torch.autograd.gradcheck(mlp, (x,))
+    plain = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    torch.testing.assert_close(mlp(x), plain)
+
+
+def test_a_compiled_block_equals_eager():
+    """Without and with packed documents, whose number may change without compiling again."""
+    fields = STYLES["qwen3"] | {"n_layers": 1, "max_seq_len": 256}
+    eager, compiled = build(**fields), build(**fields)
+    compiled.blocks[0].compile(backend="eager")  # what is tested is the tracing; no code is generated
+    tokens = some_tokens(4, 256)
+    frames = []
+    for border in (None, 100, 200):
+        doc_ids = None if border is None else (torch.arange(256) % border == 0).cumsum(0).expand(4, -1)
+        results = []
+        for model in (eager, compiled):
+            model.zero_grad()
+            logits = model(tokens, doc_ids=doc_ids)
+            logits.logsumexp(-1).sum().backward()
+            results.append((logits, [p.grad for p in model.parameters()]))
+        torch.testing.assert_close(*results)
+        frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert frames[0] < frames[1] == frames[2]
+
+
+# --- what generation relies on ----------------------------------------------------------------------------------------
+
+
+class ListCache:
+    """The simplest cache: all keys and values so far, joined anew at each call."""
+
+    def __init__(self):
+        self.pieces = []
+        self.length = 0
+
+    def append(self, k, v):
+        self.pieces.append((k, v))
+        keys, values = (torch.cat(each, dim=2) for each in zip(*self.pieces))
+        self.length = keys.shape[2]
+        return keys, values
+
+
+def in_pieces(model: Transformer, tokens: torch.Tensor, pieces: list[int], doc_ids=None) -> torch.Tensor:
+    caches = [ListCache() for _ in model.blocks]
+    logits, stop = [], 0
+    for piece in tokens.split(pieces, dim=1):
+        stop += piece.shape[1]
+        logits.append(model(piece, caches=caches, doc_ids=None if doc_ids is None else doc_ids[:, :stop]))
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("pieces", [[12], [1] * 12, [5, 1, 1, 5], [11, 1]])
+def test_with_caches_equals_without(style, pieces):
+    model = build(**style).eval()
+    tokens = some_tokens(2, 12)
+    torch.testing.assert_close(in_pieces(model, tokens, pieces), model(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_before_a_short_prompt_is_a_document_of_its_own(style):
+    model = build(**style).eval()
+    long, short = some_tokens(1, 12), some_tokens(1, 9, seed=1)
+    padded = torch.cat([long, torch.cat([torch.zeros(1, 3, dtype=torch.long), short], dim=1)])
+    doc_ids = torch.tensor([[0] * 12, [0] * 3 + [1] * 9])
+    batched = in_pieces(model, padded, [8, 1, 3], doc_ids)
+    torch.testing.assert_close(batched[:1], model(long), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(batched[1:, 3:], model(short), atol=1e-5, rtol=1e-5)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    model = build()
+    with pytest.raises(ValueError, match="33 tokens are more than the model's max_seq_len 32"):
+        model(some_tokens(1, 33))
+    caches = [ListCache() for _ in model.blocks]
+    model(some_tokens(1, 30), caches=caches)
+    with pytest.raises(ValueError, match=r"33 tokens \(30 of them cached\)"):
+        model(some_tokens(1, 3), caches=caches)
+    with pytest.raises(ValueError, match=r"doc_ids has shape \(1, 3\); tokens and caches need \(1, 4\)"):
+        model(some_tokens(1, 4), doc_ids=torch.zeros(1, 3, dtype=torch.long))
+    bidirectional = build(causal=False)
+    caches = [ListCache() for _ in bidirectional.blocks]
+    bidirectional(some_tokens(1, 4), caches=caches)
+    with pytest.raises(ValueError, match="bidirectional"):
+        bidirectional(some_tokens(1, 1), caches=caches)
+
+
+def test_a_config_reports_all_its_problems_at_once():
+    with pytest.raises(ValueError, match="is expected") as error:
+        ModelConfig(vocab_size=0, dim=32, norm="batchnorm", dropout=1.5, n_layers=2.5)
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["vocab_size", "n_layers", "norm", "dropout"]
+    with pytest.raises(ValueError, match="does not divide") as error:
+        ModelConfig(vocab_size=8, dim=32, n_heads=5, n_kv_heads=3)
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("n_heads: 5 does not divide dim 32")
+    assert lines[1].startswith("n_kv_heads: 3 does not divide n_heads 5")
+    with pytest.raises(ValueError, match="head_dim: 3 is odd"):
+        ModelConfig(vocab_size=8, dim=12, n_heads=4)
+
+
+def test_a_finished_config_has_no_gaps():
+    config = ModelConfig(vocab_size=100, dim=96, n_heads=3, vocab_multiple=64)
+    assert (config.n_kv_heads, config.head_dim, config.ffn_dim, config.padded_vocab_size) == (3, 32, 256, 128)
+    assert ModelConfig(vocab_size=100, dim=96, n_heads=3, mlp="gelu").ffn_dim == 384
+    assert ModelConfig(**dataclasses.asdict(config)) == config
+
+
+def test_a_section_is_a_request_that_later_fields_can_change():
+    section = ModelSection(dim=96, n_heads=3)
+    assert section.vocab_size is None
+    assert section.head_dim is None
+    config = section.to_config(vocab_size=100, dim=48)
+    assert (type(config), config.vocab_size, config.head_dim) == (ModelConfig, 100, 16)
+    with pytest.raises(ValueError, match="n_heads: 5"):
+        ModelSection(n_heads=5)

@@ -1,0 +1,39 @@
+"""Counts made before a model exists agree with the model that then exists."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from minillm.model import attention
+from minillm.model.config import ModelConfig
+from minillm.model.presets import preset
+from minillm.model.transformer import Transformer
+from minillm.plan import count_parameters, flops_per_token
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_counts_are_those_of_the_real_model(tied, position):
+    config = ModelConfig(vocab_size=50, dim=16, n_heads=2, position=position, max_seq_len=8, tie_embeddings=tied)
+    count = count_parameters(config)
+    assert count.total == sum(p.numel() for p in Transformer(config).parameters())
+    assert count.embedding == (8 * 16 if position == "learned" else 0) + (0 if tied else 50 * 16)
+    vectors = (2 * config.n_layers + 1) * 16  # the norms
+    assert count.total == count.embedding + count.matmul + vectors
+
+
+def test_flops_are_those_that_torch_counts(monkeypatch):
+    """Forward and backward of a real model, by torch's own counter, which knows each matrix product."""
+    monkeypatch.setattr(attention, "attend", attention.attend_reference)  # plain products, which it can count
+    config = ModelConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16)
+    model = Transformer(config)
+    B, T = 2, 24
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(B, T, dtype=torch.long)).sum().backward()
+    assert counter.get_total_flops() / (B * T) == flops_per_token(config, T)
+
+
+def test_flops_of_gpt2_are_the_palm_formula():
+    # 6 N + 12 L D T with the matmul weights of GPT-2 124M: 12 layers of 12 * 768^2, and lm_head
+    N = 12 * 12 * 768**2 + 50_257 * 768
+    assert flops_per_token(preset("gpt2-124m"), 1024) == 6 * N + 12 * 12 * 768 * 1024
