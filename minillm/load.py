@@ -1,0 +1,133 @@
+"""A model and its tokenizer, from a run, a checkpoint or a saved folder; and saved to one.
+
+The model is built on the meta device, without memory, and checked against the checkpoint there; then it gets memory
+and is filled from the files a tensor at a time. So the peak is one model, and the optimizer's files stay closed.
+"""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from minillm import checkpoint
+from minillm.files import atomic_directory, explained, read_json
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
+from minillm.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger("minillm")
+
+
+def load(
+    path: str | Path, device: str | torch.device = "cpu", step: int | None = None
+) -> tuple[Transformer, Tokenizer | None]:
+    """The model, in eval mode, and its tokenizer (None where there is none) of a run, checkpoint or saved folder.
+
+    Of a run, the newest checkpoint that verifies, or that of `step`. Parameters keep the dtype they were saved in.
+    Raises ValueError for a path that is none of these, a damaged checkpoint, and a tokenizer that is not the model's.
+    """
+    folder = find_checkpoint(Path(path), step)
+    state, manifest = checkpoint.verify(folder, skip=checkpoint.OPTIM)
+    homes = [folder]  # where config and tokenizer may be: beside the weights, or in the run that they are from
+    if folder.name.startswith("step-"):
+        homes.append(folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent)
+    tokenizer = find_tokenizer(homes, state)
+    config = find_config(homes, state, tokenizer)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{folder}: its model has {config.vocab_size} tokens, the tokenizer beside it {tokenizer.vocab_size}"
+        )
+    with torch.device("meta"):
+        model = Transformer(config)
+    for name, parameter in model.named_parameters():
+        if name in manifest["tensors"]:
+            parameter.data = parameter.data.to(checkpoint.DTYPES[manifest["tensors"][name]["dtype"]])
+    checkpoint.match_tensors(folder, manifest, dict(model.named_parameters()), skip=checkpoint.OPTIM)
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    checkpoint.fill(folder, manifest, checkpoint.match_tensors(folder, manifest, parameters, skip=checkpoint.OPTIM))
+    return model.eval(), tokenizer
+
+
+def save(model: Transformer, tokenizer: Tokenizer | None, directory: str | Path) -> Path:
+    """Write a folder that `load` reads: weights, config.json and tokenizer, whole or not at all.
+
+    Raises ValueError when `directory` holds something already, when the disk is full or the place read-only.
+    """
+    directory = Path(directory).resolve()
+    with explained(directory):
+        if directory.exists() and any(directory.iterdir()):
+            raise ValueError(f"{directory}: is there already; choose another directory, or remove it first")
+        config = {"model": dataclasses.asdict(model.config)}
+        state = {"config": config, "tokenizer_hash": tokenizer.hash if tokenizer else None}
+        with atomic_directory(directory) as folder:
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            if tokenizer is not None:
+                tokenizer.save(folder)
+            checkpoint.write(folder, dict(model.named_parameters()), state)
+    return directory
+
+
+def find_checkpoint(path: Path, step: int | None = None) -> Path:
+    """The checkpoint that a path stands for: itself, or the newest valid one (or that of `step`) inside it."""
+    if not path.is_dir():
+        problem = "is a file; give the directory it is in" if path.exists() else "does not exist"
+        raise ValueError(f"{path}: {problem} (expected a run, a checkpoint or a saved folder)")
+    if (path / "manifest.json").exists():
+        if step is not None:
+            raise ValueError(f"{path}: is a single checkpoint; give the run's directory to choose step {step} in it")
+        return path
+    for directory in (path / "checkpoints", path):
+        found = checkpoint.candidates(directory)
+        if found and step is not None:
+            chosen = directory / f"step-{step:08d}"
+            if chosen not in found:
+                raise ValueError(f"{directory}: no step {step}; there are {', '.join(p.name for p in found[::-1])}")
+            return chosen
+        if found:
+            newest = checkpoint.latest(directory, skip=checkpoint.OPTIM)
+            if newest is None:
+                checkpoint.verify(found[0], skip=checkpoint.OPTIM)  # raises: says what is wrong with the newest
+            return newest
+    raise ValueError(
+        f"{path}: no run, checkpoint or saved folder; looked for manifest.json, checkpoints/step-*/ and step-*/ in it"
+    )
+
+
+def find_tokenizer(homes: list[Path], state: dict) -> Tokenizer | None:
+    """The tokenizer in the first of the directories that has one; ValueError when it is not that of `state`."""
+    home = next((home for home in homes if (home / "tokenizer.json").exists()), None)
+    expected = state.get("tokenizer_hash")
+    if home is None:
+        if expected is not None:
+            logger.warning("%s: the tokenizer this model was trained with is not there", homes[-1])
+        return None
+    tokenizer = load_tokenizer(home)
+    if expected not in (None, tokenizer.hash):
+        raise ValueError(
+            f"{home}: its tokenizer (hash {tokenizer.hash[:12]}) is not the one that {homes[0]} was trained with "
+            f"(hash {expected[:12]}); put that one back"
+        )
+    return tokenizer
+
+
+def find_config(homes: list[Path], state: dict, tokenizer: Tokenizer | None) -> ModelConfig:
+    """The model's shape, from the checkpoint's own state or else from the config.json of one of the directories."""
+    source, config = homes[0] / "state.json", state.get("config") or {}
+    if "model" not in config:
+        source = next((home / "config.json" for home in homes if (home / "config.json").exists()), None)
+        config = read_json(source) if source else {}
+    if not isinstance(config.get("model"), dict):
+        raise ValueError(f"{homes[0]}: the shape of the model is unknown: no section `model` in {source or 'a config'}")
+    section = {name: value for name, value in config["model"].items() if name not in ("preset", "path")}
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    if unknown := sorted(section.keys() - known):
+        raise ValueError(f"{source}: model.{unknown[0]} is not a field of a model; written by a newer minillm?")
+    if section.get("vocab_size") is None and tokenizer is not None:
+        section["vocab_size"] = tokenizer.vocab_size
+    try:
+        return ModelConfig(**section)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: its section `model` is not a model: {error}") from None

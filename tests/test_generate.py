@@ -1,0 +1,374 @@
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from minillm.generate.engine import Completion, KVCache, generate, next_logits, stream
+from minillm.generate.sampling import (
+    SamplingParams,
+    apply_temperature,
+    apply_top_k,
+    apply_top_p,
+    choose,
+    filter_logits,
+)
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
+from minillm.tokenizer import ByteTokenizer, CharTokenizer
+
+TOKENIZER = ByteTokenizer()
+SHAPES = {
+    "rope": {},
+    "grouped heads": {"n_heads": 4, "n_kv_heads": 2, "qk_norm": True, "qkv_bias": True},
+    "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu", "mlp_bias": True},
+    "no positions, padded vocabulary": {"position": "none", "vocab_multiple": 64},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices this small are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_model(max_seq_len: int = 24, dtype: torch.dtype = torch.float32, **changes) -> Transformer:
+    """Random weights large enough that its choices vary."""
+    shape = {"dim": 32, "n_layers": 2, "n_heads": 2, "ffn_dim": 64} | changes
+    model = Transformer(ModelConfig(vocab_size=TOKENIZER.vocab_size, max_seq_len=max_seq_len, **shape))
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.3)
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def generate_without_cache(model: Transformer, prompt: list[int], n: int, params: SamplingParams) -> list[int]:
+    """The plain definition: the whole text through the model for every token."""
+    generator = torch.Generator().manual_seed(params.seed or 0)
+    tokens = list(prompt)
+    for _ in range(n):
+        logits = model(torch.tensor([tokens]))[:, -1]
+        tokens.append(int(choose(logits, params, torch.rand(1, generator=generator))))
+    return tokens[len(prompt) :]
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_cached_tokens_equal_uncached_at_every_prompt_length(shape, temperature):
+    model = make_model(dtype=torch.float64, **SHAPES[shape])
+    prompt = torch.randint(0, 272, (24,), generator=torch.Generator().manual_seed(1)).tolist()
+    for length in range(1, 24):
+        n = min(6, 24 - length)
+        params = SamplingParams(max_new_tokens=n, temperature=temperature, seed=length)
+        cached = generate(model, None, prompt[:length], params).tokens
+        assert cached == generate_without_cache(model, prompt[:length], n, params), length
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cached_logits_are_close_to_uncached_in_fp32(shape):
+    model = make_model(**SHAPES[shape])
+    tokens = torch.randint(0, 272, (2, 24), generator=torch.Generator().manual_seed(1))
+    expected = model(tokens)
+    caches = [KVCache(24) for _ in model.blocks]
+    got = [next_logits(model, tokens[:, :5], caches)]  # the prompt at once
+    got += [next_logits(model, tokens[:, 5:9], caches)]  # several
+    got += [next_logits(model, tokens[:, i : i + 1], caches) for i in range(9, 24)]  # and one at a time
+    torch.testing.assert_close(torch.stack(got, 1), expected[:, [4, 8, *range(9, 24)]], atol=1e-5, rtol=1e-5)
+
+
+def test_cache_takes_its_memory_once():
+    cache = KVCache(8)
+    k = torch.randn(1, 2, 3, 4)
+    cache.append(k, k)
+    address = cache.k.data_ptr()
+    for _ in range(5):
+        keys, values = cache.append(k[:, :, :1], k[:, :, :1])
+    assert cache.length == 8
+    assert cache.k.data_ptr() == keys.data_ptr() == address
+    assert keys.shape == values.shape == (1, 2, 8, 4)
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def random_logits(rows: int = 8, vocab: int = 50) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(3)) * 3
+
+
+def test_filters_equal_those_of_transformers():
+    transformers = pytest.importorskip("transformers", reason="transformers is the reference; extra `test`")
+    logits = random_logits()
+    for k in (1, 2, 7, 50, 60):
+        assert torch.equal(apply_top_k(logits, k), transformers.TopKLogitsWarper(k)(None, logits))
+    for p in (1e-6, 0.1, 0.5, 0.9, 0.999):
+        assert torch.equal(apply_top_p(logits, p), transformers.TopPLogitsWarper(p)(None, logits))
+    params = SamplingParams(temperature=0.7, top_k=10, top_p=0.8)
+    theirs = transformers.TemperatureLogitsWarper(0.7)(None, logits)
+    theirs = transformers.TopPLogitsWarper(0.8)(None, transformers.TopKLogitsWarper(10)(None, theirs))
+    torch.testing.assert_close(filter_logits(logits, params).softmax(-1), theirs.softmax(-1))
+
+
+def test_top_p_keeps_the_fewest_that_reach_p():
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+    for p, kept in [(0.4, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (0.95, [0, 1, 2, 3])]:
+        assert apply_top_p(logits, p).isfinite().nonzero().flatten().tolist() == kept
+
+
+def test_temperature_scales_the_distances_between_logits():
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    assert apply_temperature(logits, 0.5).tolist() == [-4, 0, -2]
+    for tiny in (1e-30, 5e-324):
+        assert filter_logits(logits, SamplingParams(temperature=tiny)).softmax(-1).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.5),
+        SamplingParams(temperature=2.0, top_k=5),
+        SamplingParams(temperature=1.5, top_k=8, top_p=0.7),
+    ],
+    ids=str,
+)
+def test_sampled_frequencies_match_the_distribution(params):
+    """Chi-square over 20,000 draws, and nothing outside the distribution's support."""
+    logits = random_logits(1, 12)
+    probs = filter_logits(logits, params).softmax(-1)[0]
+    n = 20_000
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    counts = choose(logits.expand(n, -1), params, uniform).bincount(minlength=12)
+    assert not counts[probs == 0].any()
+    support = probs > 0
+    expected = probs[support] * n
+    chi_square = ((counts[support] - expected) ** 2 / expected).sum().item()
+    degrees = int(support.sum()) - 1
+    assert chi_square < degrees + 5 * math.sqrt(2 * degrees)  # five standard deviations above the mean
+
+
+def test_choice_stays_inside_the_support_at_the_edges_of_the_unit_interval():
+    logits = torch.full((1, 1000), -math.inf)
+    logits[0, 300:700] = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    for u in (0.0, 1e-30, 1 - 2**-24, 1.0):
+        token = choose(logits, SamplingParams(), torch.tensor([u])).item()
+        assert 300 <= token < 700
+
+
+def test_temperature_zero_is_the_most_likely_token():
+    logits = random_logits()
+    for u in (0.0, 0.99):
+        chosen = choose(logits, SamplingParams(temperature=0), torch.full((8,), u))
+        assert torch.equal(chosen, logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("top_k", 0),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 2.0),
+        ("seed", -1),
+    ],
+)
+def test_impossible_parameters_name_the_field(field, value):
+    with pytest.raises(ValueError, match=f"^{field}: must be .*not {value!r}"):
+        SamplingParams(**{field: value})
+
+
+def test_all_impossible_parameters_are_told_at_once():
+    with pytest.raises(ValueError, match="temperature") as error:
+        SamplingParams(temperature=-1, top_p=2, top_k=0)
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["temperature", "top_k", "top_p"]
+
+
+# --- prompts, stopping, text -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class ParrotConfig:
+    vocab_size: int = TOKENIZER.vocab_size
+    max_seq_len: int = 64
+    causal: bool = True
+
+
+class Parrot(torch.nn.Module):
+    """Says the tokens it was given, whatever the prompt; remembers what it was asked."""
+
+    def __init__(self, says: list[int], **config):
+        super().__init__()
+        self.config = ParrotConfig(**config)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.blocks = [None]
+        self.says = says
+        self.heard: list[list[int]] = []
+        self.caches = None
+
+    def forward(self, tokens, caches, head):
+        assert not self.training
+        if caches is not self.caches:  # another request
+            self.caches, self.said = caches, 0
+        self.heard.append(tokens[0].tolist())
+        self.said += 1
+        hidden = torch.nn.functional.one_hot(torch.tensor([[self.says[self.said - 1]]]), self.config.vocab_size)
+        return head(lambda last: last.float() * 100, hidden)
+
+
+GREEDY = SamplingParams(temperature=0, max_new_tokens=40)
+
+
+def test_prompt_starts_with_bos_and_each_token_is_read_once():
+    parrot = Parrot([*TOKENIZER.encode("xyz"), TOKENIZER.eos_id])
+    generate(parrot, TOKENIZER, "ab", GREEDY)
+    a, b, x, y, z = TOKENIZER.encode("abxyz")
+    assert parrot.heard == [[TOKENIZER.bos_id, a, b], [x], [y], [z]]
+
+
+def test_empty_prompt_starts_from_bos():
+    parrot = Parrot([TOKENIZER.eos_id])
+    assert generate(parrot, TOKENIZER, "", GREEDY) == Completion("", [TOKENIZER.eos_id], "stop")
+    assert parrot.heard == [[TOKENIZER.bos_id]]
+
+
+def test_tokens_are_taken_as_they_are():
+    parrot = Parrot([TOKENIZER.eos_id])
+    generate(parrot, TOKENIZER, [7, 8, 9], GREEDY)
+    assert parrot.heard == [[7, 8, 9]]
+
+
+def test_stops_at_eos_or_at_the_length_asked_for():
+    says = [*TOKENIZER.encode("abc"), TOKENIZER.eos_id]
+    assert generate(Parrot(says), TOKENIZER, "p", GREEDY) == Completion("abc", says, "stop")
+    short = SamplingParams(temperature=0, max_new_tokens=2)
+    assert generate(Parrot(says), TOKENIZER, "p", short) == Completion("ab", says[:2], "length")
+
+
+TEXT = "né 中文 🎉 end"
+
+
+def test_stream_never_splits_a_character():
+    parrot = Parrot([*TOKENIZER.encode(TEXT), TOKENIZER.eos_id])
+    pieces = list(stream(parrot, TOKENIZER, "p", GREEDY))
+    assert pieces == list(TEXT)  # the byte tokenizer gives a character at a time, once its last byte is there
+
+
+def test_character_cut_by_the_length_ends_in_a_replacement_mark():
+    cut = SamplingParams(temperature=0, max_new_tokens=len("né 中".encode()) - 1)
+    says = TOKENIZER.encode(TEXT)
+    assert generate(Parrot(says), TOKENIZER, "p", cut).text == "né \ufffd"
+    assert "".join(stream(Parrot(says), TOKENIZER, "p", cut)) == "né \ufffd"
+    assert TOKENIZER.decode(says[: cut.max_new_tokens]) == "né \ufffd"
+
+
+def test_stream_and_generate_give_the_same_text():
+    model = make_model(64)
+    for seed in range(5):
+        params = SamplingParams(seed=seed, max_new_tokens=30)
+        completion = generate(model, TOKENIZER, "ab", params)
+        assert "".join(stream(model, TOKENIZER, "ab", params)) == completion.text
+        assert TOKENIZER.decode(completion.tokens) == completion.text
+
+
+def test_stream_gives_text_as_it_comes():
+    parrot = Parrot(TOKENIZER.encode("abcdef"))
+    pieces = stream(parrot, TOKENIZER, "p", GREEDY)
+    assert [next(pieces), next(pieces)] == ["a", "b"]
+    assert len(parrot.heard) == 2
+
+
+def test_seed_decides_and_other_prompts_do_not():
+    model = make_model(64)
+    params = SamplingParams(seed=5, max_new_tokens=12)
+    alone = generate(model, TOKENIZER, "some", params)
+    assert generate(model, TOKENIZER, "some", params) == alone
+    assert generate(model, TOKENIZER, ["other", "some", "more"], params)[1] == alone
+    others = [generate(model, TOKENIZER, "some", SamplingParams(seed=s, max_new_tokens=12)) for s in range(5)]
+    assert len({c.text for c in others}) > 1
+    free = [generate(model, TOKENIZER, "some", SamplingParams(max_new_tokens=12)) for _ in range(5)]
+    assert len({c.text for c in free}) > 1
+
+
+def test_a_list_gives_a_list():
+    parrot = Parrot([TOKENIZER.eos_id])
+    assert len(generate(parrot, TOKENIZER, ["a", "b"], GREEDY)) == 2
+    assert isinstance(generate(parrot, TOKENIZER, ["a"], GREEDY), list)
+    assert generate(parrot, TOKENIZER, [], GREEDY) == []
+    assert len(generate(parrot, TOKENIZER, [[1, 2], [3]], GREEDY)) == 2
+
+
+def test_without_a_length_the_context_is_the_limit():
+    model = make_model(24)
+    assert len(generate(model, None, [5, 6, 7]).tokens) == 21
+    long = Parrot(TOKENIZER.encode("x") * 300, max_seq_len=1000)
+    assert len(generate(long, TOKENIZER, "p", SamplingParams(temperature=0)).tokens) == 256
+
+
+def test_dropout_is_off_and_the_mode_is_given_back():
+    model = make_model(dropout=0.5)
+    expected = generate(model, None, [1, 2], SamplingParams(temperature=0, max_new_tokens=8))
+    model.train()
+    assert generate(model, None, [1, 2], SamplingParams(temperature=0, max_new_tokens=8)) == expected
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+# --- what is refused, before any work --------------------------------------------------------------------------------
+
+
+def refused(message: str, prompts="ab", params: SamplingParams = GREEDY, tokenizer=TOKENIZER, **config):
+    parrot = Parrot([TOKENIZER.eos_id], **config)
+    for call in (generate, stream):
+        with pytest.raises(ValueError, match=message):
+            call(parrot, tokenizer, prompts, params)
+        assert parrot.heard == []
+        if isinstance(prompts, list) and prompts and isinstance(prompts[0], str):
+            break
+
+
+def test_prompt_beyond_the_context():
+    refused("40 after a prompt of 71 tokens makes 111, more than .* 64; shorten the prompt by at least 8", "x" * 70)
+    refused("1 after a prompt of 65 tokens makes 66", "x" * 64, SamplingParams())
+
+
+def test_new_tokens_beyond_the_context():
+    refused("^max_new_tokens: 40 after a prompt of 31 tokens makes 71, .* 64; ask for at most 33", "x" * 30)
+
+
+def test_one_bad_prompt_in_a_list():
+    refused("after a prompt of 71 tokens", ["fine", "x" * 70])
+
+
+def test_tokens_that_are_none():
+    refused("token 272 is outside the vocabulary of 272", [1, 272])
+    refused("token -1 is outside", [-1])
+
+
+def test_text_without_a_tokenizer():
+    refused("a prompt of text needs a tokenizer", tokenizer=None)
+
+
+def test_tokenizer_that_does_not_fit():
+    refused("the tokenizer has 272 tokens, the model 100", vocab_size=100)
+
+
+def test_bidirectional_model():
+    refused("a bidirectional model", causal=False)
+
+
+def test_character_that_the_tokenizer_does_not_know():
+    refused("character 2 is 'z'", "abz", tokenizer=CharTokenizer("ab"))
