@@ -45,20 +45,29 @@ class Mask:
         self.lengths: list[int] = []  # of each document, row after row; for the documents path
 
 
-def number_documents(doc_ids: Tensor) -> Tensor:
-    """Renumbers each row 0, 1, 2...: a document is a run of equal ids, and an id that comes back begins another.
+def document_starts(doc_ids: Tensor) -> Tensor:
+    """True where a document begins: a document is a run of equal ids, so an id that comes back begins another.
 
     (B, S) -> (B, S)
     """
-    changes = doc_ids[:, 1:] != doc_ids[:, :-1]
-    return F.pad(changes.cumsum(dim=1), (1, 0))
+    return F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+
+
+def number_documents(doc_ids: Tensor) -> Tensor:
+    """The documents of each row numbered 0, 1, 2... (B, S) -> (B, S)"""
+    return document_starts(doc_ids).cumsum(dim=1) - 1
 
 
 def restart_positions(doc_ids: Tensor) -> Tensor:
     """Positions that count from 0 in each document. (B, S) -> (B, S)"""
     index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand_as(doc_ids)
-    starts = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
+    return index - torch.where(document_starts(doc_ids), index, 0).cummax(dim=1).values
+
+
+def document_lengths(doc_ids: Tensor) -> list[int]:
+    """Length of each document, row after row."""
+    borders = [*document_starts(doc_ids).flatten().nonzero().flatten().tolist(), doc_ids.numel()]
+    return [stop - start for start, stop in pairwise(borders)]
 
 
 def make_mask(config: ModelConfig, tokens: Tensor, offset: int = 0, doc_ids: Tensor | None = None) -> Mask:
@@ -89,13 +98,6 @@ def make_mask(config: ModelConfig, tokens: Tensor, offset: int = 0, doc_ids: Ten
     return mask
 
 
-def document_lengths(doc_ids: Tensor) -> list[int]:
-    """Length of each document of each row, row after row."""
-    starts = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)  # (B, T)
-    borders = [*starts.flatten().nonzero().flatten().tolist(), doc_ids.numel()]
-    return [stop - start for start, stop in pairwise(borders)]
-
-
 def visible(mask: Mask, T: int, device: torch.device) -> Tensor:
     """The rule written out: True where the query sees the key. (B or 1, 1, T, S)"""
     seen = torch.ones(1, 1, T, mask.offset + T, dtype=torch.bool, device=device)
@@ -117,22 +119,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) ->
     if mask.path == "documents":
         return attend_documents(q, k, v, mask, dropout)
     grouped = q.shape[1] != k.shape[1]
+    if grouped and not q.is_cpu and (mask.dense is not None or q.dtype == torch.float32):
+        # on a GPU only the flash kernel knows groups, and it takes neither a mask nor fp32
+        k, v, grouped = *expand_groups(q, k, v), False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask.dense, dropout_p=dropout, is_causal=mask.path == "causal", enable_gqa=grouped
     )
 
 
+def expand_groups(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values copied for each query head of their group. (B, K, S, d) -> (B, H, S, d)"""
+    groups = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+
+
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
     """The definition, line by line: what every other path is tested against."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, d)
+    k, v = expand_groups(q, k, v)  # (B, H, S, d)
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, S)
     seen = visible(mask, q.shape[2], q.device)
     weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
     return F.dropout(weights, dropout) @ v  # (B, H, T, d)
 
 
-# The lengths differ in every batch, and compiled code would be compiled anew for each. (The public torch.compiler.disable
+# The lengths differ in every batch: compiled, it would be compiled anew for each. (The public torch.compiler.disable
 # does the same, but imports the compiler at once, which takes seconds.)
 @torch._disable_dynamo
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
