@@ -483,6 +483,7 @@ def test_failing_at_any_step_of_a_save_leaves_the_earlier_checkpoint(tmp_path, m
                     checkpoint.save(directory, step, make_tensors(2), STATE, keep_last=1)
                 except ValueError as error:
                     assert "the disk is full" in str(error)  # noqa: PT017
+                    assert "step-00000001" in names(directory)
             found = checkpoint.latest(directory)
             into = blank(tensors)
             checkpoint.load_tensors(found, into)

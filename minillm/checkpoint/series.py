@@ -33,11 +33,16 @@ def save(directory: str | Path, step: int, tensors: Mapping[str, Tensor], state:
             path.parent.mkdir(parents=True)
             fsync_directory(path.parent.parent)
         remove_leftovers(path.parent)
-        with atomic_directory(path) as folder:
-            write(folder, tensors, state, step)
-            if path.exists():  # set aside under a name that `latest` reads too: a good one is there at every moment
-                shutil.rmtree(old, ignore_errors=True)
-                path.rename(old)
+        try:
+            with atomic_directory(path) as folder:
+                write(folder, tensors, state, step)
+                if path.exists():  # set aside under a name that `latest` reads: a good one is there at every moment
+                    shutil.rmtree(old, ignore_errors=True)
+                    path.rename(old)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
     evict(path, keep_last)
     return path
 
