@@ -15,9 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from minillm.eval.perplexity import byte_lengths, evaluate
-from minillm.objectives import NextToken
-from minillm.optim import OptimConfig, build_optimizer, lr_at
 
 from minillm import checkpoint
 from minillm.config import ConfigError, Layer, arguments, build, file_layer, flatten, help_text, lookup, to_dict
@@ -27,6 +24,7 @@ from minillm.data.loader import Loader, eval_batches
 from minillm.data.store import Prepared, TokenStore
 from minillm.distributed.context import Context, best_precision, connect, peak_flops
 from minillm.distributed.parallelize import ParallelConfig, parallelize
+from minillm.eval.perplexity import evaluate, token_byte_lengths
 from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
 from minillm.load import find_checkpoint
@@ -35,6 +33,8 @@ from minillm.model.config import ModelSection
 from minillm.model.init import init_weights
 from minillm.model.presets import PRESETS, preset_fields
 from minillm.model.transformer import Transformer
+from minillm.objectives import NextToken
+from minillm.optim import OptimConfig, build_optimizer, lr_at
 from minillm.plan import count_parameters, flops_per_token, micro_batch_size, recommend
 from minillm.run import RunConfig, RunDirectory, open_run
 from minillm.tokenizer import Tokenizer, TokenizerConfig
@@ -201,10 +201,11 @@ def make_trainer(
         train.precision,
         device,
     )
+    objective = NextToken(model_config.vocab_size)
     trainer = Trainer(
         model,
         optimizer,
-        NextToken(model_config.vocab_size),
+        objective,
         loader,
         train,
         steps=steps,
@@ -212,7 +213,7 @@ def make_trainer(
         dist=dist,
         grad_clip=optim.grad_clip,
         seed=config.run.seed,
-        evaluate=make_evaluation(model, tokenizer, prepared.val, config, device),
+        evaluate=make_evaluation(model, objective, tokenizer, prepared.val, config, device),
         run=run,
         log_every=log.every,
         flops_per_token=flops_per_token(model_config, data.seq_len),
@@ -224,17 +225,22 @@ def make_trainer(
 
 
 def make_evaluation(
-    model: Transformer, tokenizer: Tokenizer, val: TokenStore | None, config: Config, device: torch.device
+    model: Transformer,
+    objective: NextToken,
+    tokenizer: Tokenizer,
+    val: TokenStore | None,
+    config: Config,
+    device: torch.device,
 ) -> Callable[[], dict[str, float]] | None:
     """Loss and bits per byte over the whole validation split; None where there is no split."""
     if val is None:
         return None
-    bytes_of = byte_lengths(tokenizer)
+    token_bytes = token_byte_lengths(tokenizer).to(device)
     rows = max(1, 2 * config.train.micro_batch_size)  # no gradients are kept, so more fits
 
     def run_evaluation() -> dict[str, float]:
         batches = eval_batches(val, config.data.seq_len, config.data.packing, rows, device)
-        return evaluate(model, batches, bytes_of)
+        return evaluate(model, batches, objective, token_bytes)
 
     return run_evaluation
 

@@ -12,8 +12,8 @@ from minillm.data.config import DataConfig
 from minillm.data.corpus import open_corpus, with_path
 from minillm.data.inspect import inspect_lines
 from minillm.data.loader import Loader
+from minillm.data.shards import describe as describe_prepared
 from minillm.data.shards import prepare
-from minillm.data.store import describe as describe_prepared
 from minillm.data.store import open_prepared
 from minillm.data.text import documents, find_files
 from minillm.distributed.context import find_device

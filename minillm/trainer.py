@@ -267,7 +267,8 @@ class Trainer:
 
     def evaluation(self) -> dict[str, float]:
         """Evaluate now and remember the best."""
-        figures, at = self.evaluate(), self.progress
+        with self.autocast():
+            figures, at = self.evaluate(), self.progress
         if at.best_val_loss is None or figures["val_loss"] < at.best_val_loss:
             at.best_val_loss, at.best_step = figures["val_loss"], at.step
         return {key: figures[key] for key in ("val_loss", "val_bpb") if key in figures}

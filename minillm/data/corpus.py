@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from minillm.data.config import DataConfig
-from minillm.data.shards import gather, prepare
+from minillm.data.shards import corpus_files, prepare
 from minillm.data.store import Prepared
 from minillm.data.stories import write_stories
 from minillm.data.text import documents, find_files
@@ -40,7 +40,7 @@ def open_tokenizer(data: DataConfig, config: TokenizerConfig) -> Tokenizer:
     identity = {
         "config": dataclasses.asdict(config),
         "settings": [data.document, data.text_field],
-        "files": [file._asdict() for file in gather(data).files],
+        "files": corpus_files(data),
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(data.cache_dir).expanduser() / f"tokenizer-{key}"

@@ -81,17 +81,17 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, size: int, seconds: f
 
 
 def best_precision(device: torch.device) -> str:
-    """What `precision = auto` means: "bf16" where the device multiplies it faster than fp32, else "fp32".
+    """What `precision = auto` means: "bf16" on an accelerator that multiplies it faster than fp32, else "fp32".
 
-    Measured rather than looked up: a CPU without bf16 units takes it too, some 100 times slower than fp32.
+    On a CPU it is fp32: even where a large bf16 product is fast, the small ones and the casts around them are not.
     """
-    size = 256 if device.type == "cpu" else 2048
+    if device.type == "cpu":
+        return "fp32"
     try:
-        return (
-            "bf16" if matmul_flops(device, torch.bfloat16, size) > matmul_flops(device, torch.float32, size) else "fp32"
-        )
+        flops = {dtype: matmul_flops(device, dtype, 2048) for dtype in (torch.bfloat16, torch.float32)}
     except RuntimeError:
         return "fp32"
+    return "bf16" if flops[torch.bfloat16] > flops[torch.float32] else "fp32"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
