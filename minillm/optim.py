@@ -6,8 +6,8 @@ Rules that the code below follows, in one place:
   other value. Embeddings (tied ones too) do not decay either: a row gets a gradient only in steps where its token
   occurs but would shrink in all, and small embeddings mean large gradients behind the first norm (Takase et al. 2023,
   arXiv:2312.16903; OLMo 2, arXiv:2501.00656, section 3.4).
-- Muon takes the matrices inside the model. Embeddings, the head, norms and biases stay with AdamW: a row of an embedding
-  belongs to one token, and making the rows orthogonal to each other is not what its gradient asks for (Jordan 2024).
+- Muon takes the matrices inside the model. Embeddings, the head, norms and biases stay with AdamW: a row of an
+  embedding or of the head belongs to one token, and only occurs with it (Jordan 2024).
 - The learning rate is a pure function of the step, so resuming cannot make it jump.
 """
 
@@ -258,9 +258,11 @@ def newton_schulz(x: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value is above 1 now
     x = x.to(orthogonalization_dtype(x))
+    gram, step = x.new_empty(len(x), x.shape[1], x.shape[1]), torch.empty_like(x)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT  # (n, rows, rows)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        torch.bmm(x, x.mT, out=gram)  # (n, rows, rows)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x, step = torch.baddbmm(x, polynomial, x, beta=a, out=step), x
     return x
 
 
@@ -301,7 +303,7 @@ def initial_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], pa
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
-    raise ValueError(f"the state of {type(optimizer).__name__} is not known here; AdamW and Muon are")
+    raise ValueError(f"the state of {type(optimizer).__name__} is not known here; those of AdamW and Muon are")
 
 
 def optimizer_tensors(

@@ -1,0 +1,99 @@
+"""The only evaluation loop: the mean loss over all target tokens of a set, and what follows from it.
+
+Loss depends on the tokenizer: a longer vocabulary makes fewer, harder tokens of the same text. Bits per byte do not:
+they divide by the bytes of the text itself.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from minillm.data.batch import Batch
+from minillm.losses import IGNORE_INDEX
+from minillm.objectives import Metrics
+from minillm.tokenizer import Tokenizer
+
+
+class Objective(Protocol):
+    """How many units a batch has, and the loss and metrics summed over them."""
+
+    def count(self, batch: Batch) -> int: ...
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]: ...
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    objective: Objective,
+    token_bytes: Tensor | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, float]:
+    """The objective's mean over all units of all batches, in evaluation mode, without gradients.
+
+    Args:
+        objective: one of minillm.objectives, or another with its `count` and call.
+        token_bytes: (V,), the length in bytes of each token, from `token_byte_lengths`; without it no bits per byte.
+        reduce: sums a float64 tensor over the ranks, where each of them evaluates a part.
+
+    Returns: val_loss (nats a unit), val_NAME for each metric, tokens (units), perplexity (e to the loss); with
+        token_bytes also bytes (of the target tokens; special tokens have none) and val_bpb, the bits it takes on
+        average to write down a byte of the text, special tokens included in the bits.
+
+    Run it inside the autocast that training uses. Raises ValueError where no batch has a unit to evaluate.
+    """
+    sums: dict[str, list[Tensor]] = {"loss": [], "units": []}
+    with evaluation_mode(model):
+        for batch in batches:
+            loss_sum, metrics = objective(model, batch)
+            parts = {"loss": loss_sum, "units": objective.count(batch)}
+            if token_bytes is not None:
+                parts["bytes"] = token_bytes[batch.targets[batch.targets != IGNORE_INDEX]].sum()
+            for name, (metric_sum, count) in metrics.items():
+                parts |= {f"{name}.sum": metric_sum, f"{name}.count": count}
+            for name, value in parts.items():
+                sums.setdefault(name, []).append(torch.as_tensor(value))
+    # read from the device only now; fsum rounds once, however many batches there are
+    totals = [math.fsum(torch.stack(values).tolist()) if values else 0.0 for values in sums.values()]
+    reduced = torch.tensor(totals, dtype=torch.float64)
+    total = dict(zip(sums, (reduce(reduced) if reduce else reduced).tolist()))
+    if not total["units"]:
+        raise ValueError("nothing to evaluate: no batch has a target")
+    val_loss = total["loss"] / total["units"]
+    result = {"val_loss": val_loss, "perplexity": exp(val_loss), "tokens": int(total["units"])}
+    if token_bytes is not None:
+        result["bytes"] = int(total["bytes"])
+        result["val_bpb"] = total["loss"] / math.log(2) / total["bytes"] if total["bytes"] else math.inf
+    names = [name.removesuffix(".count") for name in total if name.endswith(".count")]
+    return result | {f"val_{name}": total[f"{name}.sum"] / total[f"{name}.count"] for name in names}
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module is in the mode it was in.
+
+    Not torch.inference_mode: a tensor made there (a weight that FSDP2 gathered, something a compiled region kept) could
+    not be used in training afterwards.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def token_byte_lengths(tokenizer: Tokenizer) -> Tensor:
+    """(V,) int64: how many bytes of text each token stands for; 0 for special tokens."""
+    return torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+
+
+def exp(value: float) -> float:
+    """e to the value, infinite where no float holds it."""
+    return math.exp(value) if value < 700 else math.inf
