@@ -9,20 +9,25 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 CHUNK = 2**20
+FENCE = 0x6D696E696C6C6D  # a number that is in no row
 NOT_A_LIST = "a list of rows is expected, [...]; if each line is a row of its own, name the file .jsonl"
 
 
-def jsonl_rows(text: str, file: str, first_line: int) -> list[tuple[int, object]]:
-    """(line, value) of each row of JSONL; lines without anything are no rows."""
-    lines = [(n, row) for n, row in enumerate(text.split("\n"), first_line) if row and not row.isspace()]
-    # One list is parsed twice as fast as its rows. The zeros keep rows apart that would be whole only together.
+def jsonl_rows(text: str, file: str, first_line: int) -> tuple[list[int], list[object]]:
+    """(lines, values) of the rows of JSONL; lines without anything are no rows."""
+    rows = text.removesuffix("\n").split("\n")
+    lines = list(range(first_line, first_line + len(rows)))
+    if "" in rows or any(map(str.isspace, rows)):
+        lines = [line for line, row in zip(lines, rows) if row and not row.isspace()]
+        rows = [row for row in rows if row and not row.isspace()]
+    # One list is parsed twice as fast as its rows. The fences tell rows apart that would be whole only together.
     try:
-        values = json.loads(f"[{',0,'.join([row for _, row in lines])}]")
+        values = json.loads(f"[{f',{FENCE},'.join(rows)}]")
     except (ValueError, RecursionError):
         values = []
-    if len(values) == 2 * len(lines) - 1 and not any(values[1::2]):
-        return [(line, value) for (line, _), value in zip(lines, values[::2])]
-    return [(line, json_value(row, f"{file}:{line}")) for line, row in lines]
+    if len(values) != max(0, 2 * len(rows) - 1) or values[1::2] != [FENCE] * len(values[1::2]):
+        return lines, [json_value(row, f"{file}:{line}") for line, row in zip(lines, rows)]
+    return lines, values[::2]
 
 
 def json_value(row: str, place: str) -> object:
@@ -34,17 +39,17 @@ def json_value(row: str, place: str) -> object:
         raise ValueError(f"{place}: not valid JSON: {error}") from None
 
 
-def row_texts(rows: list[tuple[int, object]], file: str, field: str) -> list[tuple[int, str]]:
-    """(line, text) of each row. Raises ValueError naming the first row that has none."""
-    found = [value.get(field) if isinstance(value, dict) else value for _, value in rows]
+def row_texts(values: list[object], lines: list[int], file: str, field: str) -> list[str]:
+    """The text of each row. Raises ValueError naming the first row that has none."""
+    texts = [value.get(field) if isinstance(value, dict) else value for value in values]
     try:
-        together = "".join(found)
+        together = "".join(texts)
         together.encode()
     except (TypeError, UnicodeEncodeError):
         together = "\0"
     if "\0" in together or "\r\n" in together:
-        found = [row_text(value, f"{file}:{line}", field) for line, value in rows]
-    return [(line, text) for (line, _), text in zip(rows, found)]
+        texts = [row_text(value, f"{file}:{line}", field) for value, line in zip(values, lines)]
+    return texts
 
 
 def row_text(value: object, place: str, field: str) -> str:
@@ -75,6 +80,45 @@ def named(value: object) -> str:
         return "null"
     kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
     return kinds[type(value)]
+
+
+def json_list_rows(
+    name: str, file: BinaryIO, batch_size: int, max_row: int
+) -> Iterator[tuple[list[int], list[object]]]:
+    """(lines, values) of the elements, as many at a time as fill a batch of so many characters.
+
+    Raises ValueError with the line where the file is no JSON list.
+    """
+    reader = JsonListReader(name, file, max_row)
+    sign = reader.next_sign()
+    if not sign:
+        return
+    if sign != "[":
+        raise reader.refuse(reader.at, NOT_A_LIST)
+    reader.at += 1
+    if reader.next_sign() == "]":
+        sign = "]"
+    lines, values, size = [], [], 0
+    while sign != "]":
+        line, value, length = reader.value()
+        lines.append(line)
+        values.append(value)
+        size += length
+        if size >= batch_size:
+            yield lines, values
+            lines, values, size = [], [], 0
+        sign = reader.next_sign()
+        if sign not in ("]", ","):
+            ended = "the file ends inside the list" if not sign else f"',' or ']' is expected, found {sign!r}"
+            raise reader.refuse(reader.at, f"not valid JSON: {ended}")
+        if sign == ",":
+            reader.at += 1
+            reader.next_sign()
+    reader.at += 1
+    if reader.next_sign():
+        raise reader.refuse(reader.at, "not valid JSON: text after the end of the list")
+    if lines:
+        yield lines, values
 
 
 class JsonListReader:
@@ -143,28 +187,3 @@ class JsonListReader:
             line, length = self.line_at(self.at), end - self.at
             self.at = end
             return line, value, length
-
-
-def json_list_rows(name: str, file: BinaryIO, max_row: int) -> Iterator[tuple[int, object, int]]:
-    """(line, value, characters) of each element. Raises ValueError with the line where the file is no JSON list."""
-    reader = JsonListReader(name, file, max_row)
-    sign = reader.next_sign()
-    if not sign:
-        return
-    if sign != "[":
-        raise reader.refuse(reader.at, NOT_A_LIST)
-    reader.at += 1
-    if reader.next_sign() == "]":
-        sign = "]"
-    while sign != "]":
-        yield reader.value()
-        sign = reader.next_sign()
-        if sign not in ("]", ","):
-            ended = "the file ends inside the list" if not sign else f"',' or ']' is expected, found {sign!r}"
-            raise reader.refuse(reader.at, f"not valid JSON: {ended}")
-        if sign == ",":
-            reader.at += 1
-            reader.next_sign()
-    reader.at += 1
-    if reader.next_sign():
-        raise reader.refuse(reader.at, "not valid JSON: text after the end of the list")

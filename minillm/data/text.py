@@ -33,7 +33,7 @@ BLANK_LINES = re.compile(rb"\n(?:[ \t\r\f\v]*\n)+")
 
 
 class Document(NamedTuple):
-    """A document, or one piece of a long one. A document without text is kept, empty, so that it can be counted."""
+    """A document, or one piece of a long one."""
 
     text: str
     file: str
@@ -45,10 +45,14 @@ class Document(NamedTuple):
     def source(self) -> str:
         return f"{self.file}:{self.line}"
 
-    @property
-    def has_lines(self) -> bool:
-        """Whether a line break in the text is one in the file, as it is not in a row of JSON."""
-        return text_format(self.file) == "txt"
+
+class Pieces(NamedTuple):
+    """Documents and pieces of long ones, in order, as columns: a million small documents are no million objects."""
+
+    texts: list[str]
+    lines: list[int]
+    starts: list[bool]
+    ends: list[bool]
 
 
 class Block(NamedTuple):
@@ -56,7 +60,7 @@ class Block(NamedTuple):
 
     file: str
     raw: bytes
-    rows: list[tuple[int, str]]  # (line, text) of the rows of a .json, which is parsed where it is read
+    rows: tuple[list[int], list[str]]  # lines and texts of the rows of a .json, which is parsed where it is read
     line: int  # of the first byte
     offset: int  # of the first byte, in the text as unpacked
     starts: bool  # whether its first document starts in it
@@ -79,7 +83,10 @@ def documents(files: Iterable[str | Path], config: DataConfig) -> Iterator[Docum
     """
     for file in files:
         for block in blocks(file, config):
-            yield from (document for document in parse(block, config) if document.text)
+            texts, *columns = parse(block, config)
+            for text, line, starts, ends in zip(texts, *columns):
+                if text:
+                    yield Document(text, block.file, line, starts, ends)
 
 
 # --- from a path to files ---------------------------------------------------------------------------------------------
@@ -159,7 +166,7 @@ def raw_blocks(name: str, file: BinaryIO, packed: BinaryIO, document: str) -> It
         else:
             stop = stop or cut_point(buffer)
             raw = buffer[:stop]
-            yield Block(name, raw, [], line, offset, starts, ends, packed.tell() - read)
+            yield Block(name, raw, ([], []), line, offset, starts, ends, packed.tell() - read)
             read = packed.tell()
             line, offset, starts = line + raw.count(b"\n"), offset + stop, ends
         buffer = buffer[stop:] + more
@@ -178,7 +185,7 @@ def cut_point(raw: bytes) -> int:
     """Where to cut UTF-8 in two parts, neither empty, so that the parts encode to the tokens of the whole.
 
     Best is before a single space between two words, where no tokenizer has a token across; next, before a line that
-    starts with text; where neither is near, as in Chinese without a line break, between any two characters: the
+    starts with text; where neither is near, as in Chinese without a line break, between two other characters: the
     tokens there may differ from those of the whole, the text they decode to does not.
     """
     near = max(1, len(raw) - 4096)
@@ -195,89 +202,94 @@ def cut_point(raw: bytes) -> int:
     at = len(raw) - 1
     while at > max(1, len(raw) - 4) and raw[at] & 0xC0 == 0x80:  # the second to fourth byte of a character
         at -= 1
-    return at - 1 if at > 1 and raw[at - 1 : at + 1] == b"\r\n" else max(1, at)
+    while at > near and raw[at - 1] in SPACES:  # white space stays together, since a blank line may end a document
+        at -= 1
+    return max(1, at)
 
 
 def json_blocks(name: str, file: BinaryIO, packed: BinaryIO, config: DataConfig) -> Iterator[Block]:
     """The rows of a .json list, gathered until they fill a block."""
-    rows: list[tuple[int, object]] = []
-    size = read = 0
-    for line, value, length in json_list_rows(name, file, MAX_ROW):
-        rows.append((line, value))
-        size += length
-        if size >= BLOCK:
-            yield Block(
-                name, b"", row_texts(rows, name, config.text_field), rows[0][0], 0, True, True, packed.tell() - read
-            )
-            rows, size, read = [], 0, packed.tell()
-    if rows:
-        yield Block(
-            name, b"", row_texts(rows, name, config.text_field), rows[0][0], 0, True, True, packed.tell() - read
-        )
+    read = 0
+    for lines, values in json_list_rows(name, file, BLOCK, MAX_ROW):
+        rows = lines, row_texts(values, lines, name, config.text_field)
+        yield Block(name, b"", rows, lines[0], 0, True, True, packed.tell() - read)
+        read = packed.tell()
 
 
 # --- from a block to documents ----------------------------------------------------------------------------------------
 
 
-def parse(block: Block, config: DataConfig) -> Iterator[Document]:
-    """The documents of a block, long ones in pieces, blank ones with empty text."""
-    found = texts(block, config)
-    for i, (line, text) in enumerate(found):
-        starts, ends = i > 0 or block.starts, i + 1 < len(found) or block.ends
-        if len(text) > PIECE // 4:
-            yield from pieces(Document(text, block.file, line, starts, ends))
-        else:
-            yield Document(text, block.file, line, starts, ends)
+def parse(block: Block, config: DataConfig) -> Pieces:
+    """The documents of a block, long ones in pieces, blank ones left out."""
+    lines, texts = texts_of(block, config)
+    starts, ends = [True] * len(texts), [True] * len(texts)
+    starts[:1], ends[-1:] = [block.starts] * bool(texts), [block.ends] * bool(texts)
+    pieces = Pieces(texts, lines, starts, ends)
+    if "" in texts:
+        kept = [i for i, text in enumerate(texts) if text or not (starts[i] and ends[i])]
+        pieces = Pieces(*([column[i] for i in kept] for column in pieces))
+    return (
+        cut_long(pieces, text_format(block.file) == "txt") if max(map(len, texts), default=0) > PIECE // 4 else pieces
+    )
 
 
-def texts(block: Block, config: DataConfig) -> list[tuple[int, str]]:
-    """(line, text) of each document of a block, the first and the last perhaps in part; "" for a blank one."""
+def texts_of(block: Block, config: DataConfig) -> tuple[list[int], list[str]]:
+    """(lines, texts) of the documents of a block, the first and the last perhaps in part; "" for a blank one."""
     kind = text_format(block.file)
     if kind == "json":
-        found = block.rows
+        lines, texts = block.rows
     elif kind == "jsonl":
-        found = row_texts(jsonl_rows(decoded(block), block.file, block.line), block.file, config.text_field)
+        lines, values = jsonl_rows(decoded(block), block.file, block.line)
+        texts = row_texts(values, lines, block.file, config.text_field)
     else:
-        found = text_parts(decoded(block), block, config.document)
+        lines, texts = text_parts(decoded(block), block, config.document)
     whole = slice(0 if block.starts else 1, None if block.ends else -1)
-    if any(not text or text.isspace() for _, text in found[whole]):
-        found[whole] = [(line, "" if text.isspace() else text) for line, text in found[whole]]
-    return found
+    if any(map(str.isspace, texts[whole])):
+        texts[whole] = ["" if text.isspace() else text for text in texts[whole]]
+    return lines, texts
 
 
-def pieces(document: Document) -> Iterator[Document]:
-    """A long document in pieces of at most PIECE bytes."""
-    text, file, line, starts, ends = document
-    raw, at = text.encode(), 0
-    while len(raw) - at > PIECE:
-        stop = at + cut_point(raw[at : at + PIECE])
-        part = raw[at:stop].decode()
-        yield Document(part, file, line, starts and at == 0, False)
-        line += part.count("\n") if document.has_lines else 0
-        at = stop
-    yield Document(raw[at:].decode(), file, line, starts and at == 0, ends)
+def cut_long(pieces: Pieces, has_lines: bool) -> Pieces:
+    """The same text in pieces of at most PIECE bytes; where a text has lines, each piece knows its own."""
+    cut = Pieces([], [], [], [])
+    for text, line, starts, ends in zip(*pieces):
+        raw, at = text.encode() if len(text) > PIECE // 4 else b"", 0
+        while len(raw) - at > PIECE:
+            stop = at + cut_point(raw[at : at + PIECE])
+            text = raw[at:stop].decode()
+            for column, value in zip(cut, (text, line, starts and at == 0, False)):
+                column.append(value)
+            line += text.count("\n") if has_lines else 0
+            at = stop
+        for column, value in zip(cut, (raw[at:].decode() if at else text, line, starts and at == 0, ends)):
+            column.append(value)
+    return cut
 
 
-def text_parts(text: str, block: Block, document: str) -> list[tuple[int, str]]:
-    """(line, text) of each document of a block of plain text."""
+def text_parts(text: str, block: Block, document: str) -> tuple[list[int], list[str]]:
+    """(lines, texts) of the documents of a block of plain text."""
     if document == "file":
-        return [(block.line, text)]
+        return [block.line], [text]
     if document == "line":
-        return list(enumerate(text.removesuffix("\n").split("\n"), block.line))
-    return list(paragraphs(text, block))
+        texts = text.removesuffix("\n").split("\n")
+        return list(range(block.line, block.line + len(texts))), texts
+    return paragraphs(text, block)
 
 
-def paragraphs(text: str, block: Block) -> Iterator[tuple[int, str]]:
-    """(line, text) of what blank lines separate; line breaks around a paragraph are not part of it."""
+def paragraphs(text: str, block: Block) -> tuple[list[int], list[str]]:
+    """(lines, texts) of what blank lines separate; line breaks around a paragraph are not part of it."""
+    lines, texts = [], []
     line, at = block.line, 0
     for match in re.finditer(r"\n(?:[ \t\r\f\v]*\n)+|\Z", text):
         part = text[at : match.start()]
         begun, goes_on = at == 0 and not block.starts, match.end() == len(text) and not block.ends
         if begun or goes_on or not (not part or part.isspace()):
             inner = part if begun else part.lstrip("\n")
-            yield line + len(part) - len(inner), inner if goes_on else inner.rstrip("\n")
+            lines.append(line + len(part) - len(inner))
+            texts.append(inner if goes_on else inner.rstrip("\n"))
         line += text.count("\n", at, match.end())
         at = match.end()
+    return lines, texts
 
 
 def decoded(block: Block) -> str:

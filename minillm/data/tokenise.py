@@ -10,8 +10,9 @@ is the same whatever the number of workers.
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from minillm.data.config import DataConfig
 from minillm.data.store import SplitWriter, Written
-from minillm.data.text import BLOCK, Block, Document, blocks, parse, texts
+from minillm.data.text import BLOCK, Block, Pieces, blocks, parse, text_format, texts_of
 from minillm.data.workers import Workers
 from minillm.tokenizer import Tokenizer
 
@@ -91,7 +92,7 @@ def count(reading: Reading) -> Counts:
 
 
 def count_block(config: DataConfig, block: Block) -> BlockCounts:
-    sizes = [len(text) for _, text in texts(block, config)]
+    sizes = list(map(len, texts_of(block, config)[1]))
     n_blank = sizes[0 if block.starts else 1 : None if block.ends else -1].count(0)
     ending = [i for i, size in enumerate(sizes if block.ends else sizes[:-1]) if size or (i == 0 and not block.starts)]
     return BlockCounts(block.file, sum(sizes), sum(sizes[: ending[0] + 1]) if ending else -1, n_blank, block.n_read)
@@ -136,10 +137,11 @@ def tail_jobs(reading: Reading, counts: Counts, cut: int) -> Iterator[Job]:
 
 def document_end(block: Block, number: int, char: int, config: DataConfig, counts: Counts) -> tuple[int, int]:
     """(block, characters of it) up to the end of the document that the char-th character of a block is in."""
+    pieces = parse(block, config)
     at = 0
-    for piece in parse(block, config):
-        at += len(piece.text)
-        if at >= char and piece.ends:
+    for text, ends in zip(pieces.texts, pieces.ends):
+        at += len(text)
+        if at >= char and ends:
             return number, at
     later = number + 1
     while counts.first_end[later] < 0:
@@ -190,90 +192,101 @@ def tokenise(reading: Reading, counts: Counts, tokenizer: Tokenizer, shard_token
 
 def encode_block(config: DataConfig, tokenizer: Tokenizer, dtype: np.dtype, job: Job) -> Encoded:
     """Parse and encode a block. Raises ValueError naming file and line for text that cannot be encoded."""
-    found = list(sided(job, config))
-    pieces = [piece for piece, _ in found]
-    tokens, lengths = [], []
+    file, pieces = job.block.file, parse(job.block, config)
+    if job.in_val is None:
+        sides = hashed_sides(pieces, config.val_split().fraction)
+    elif job.cut is not None:
+        sides = cut_sides(pieces, job.cut, text_format(file) == "txt")
+    else:
+        sides = [int(job.in_val)] * len(pieces.texts)
+    tokens, lengths = [np.empty(0, dtype)], []
     for batch in batches(pieces):
-        flat: list[int] = []
-        for piece, ids in zip(batch, encode_pieces(batch, tokenizer)):
-            before = len(flat)
-            if piece.starts:
-                flat.append(tokenizer.bos_id)
-            flat += ids
-            if piece.ends:
-                flat.append(tokenizer.eos_id)
-            lengths.append(len(flat) - before)
-        array_of_ids = np.array(flat, dtype=np.int64)
-        if array_of_ids.min() < 0 or array_of_ids.max() >= tokenizer.vocab_size:
-            refuse_ids(batch, tokenizer)
-        tokens.append(array_of_ids.astype(dtype))
+        ids, batch_lengths = encode_batch(batch, file, tokenizer)
+        if ids.size and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
+            refuse_ids(batch, file, tokenizer)
+        tokens.append(ids.astype(dtype))
+        lengths += batch_lengths
     written = Written(
-        np.concatenate(tokens) if tokens else np.empty(0, dtype),
+        np.concatenate(tokens),
         np.array(lengths, dtype=np.int64),
-        np.array([piece.starts for piece in pieces], dtype=bool),
-        np.array([piece.ends for piece in pieces], dtype=bool),
-        np.array([piece.line for piece in pieces], dtype=np.int64),
-        np.array([len(piece.text) for piece in pieces], dtype=np.int64),
-        np.array([utf8_length(piece.text) for piece in pieces], dtype=np.int64),
+        np.array(pieces.starts, dtype=bool),
+        np.array(pieces.ends, dtype=bool),
+        np.array(pieces.lines, dtype=np.int64),
+        np.array(list(map(len, pieces.texts)), dtype=np.int64),
+        np.array([utf8_length(text) for text in pieces.texts], dtype=np.int64),
     )
-    return Encoded(job.block.file, written, np.array([side for _, side in found], dtype=np.int8), job.block.n_read)
+    return Encoded(file, written, np.array(sides, dtype=np.int8), job.block.n_read)
 
 
-def sided(job: Job, config: DataConfig) -> Iterator[tuple[Document, int]]:
-    """The pieces of a block that have text or end one, each with its side of the split; cut where val begins."""
-    fraction = config.val_split().fraction
-    side = -1 if job.in_val is None else int(job.in_val)
-    at = 0
-    for piece in parse(job.block, config):
-        if not piece.text and piece.starts and piece.ends:
-            continue
-        if job.in_val is None and piece.starts:
-            side = int(hash_side(piece.text, fraction))
-        if job.cut is not None and not side:
-            stop = at + len(piece.text)
-            if piece.starts and at >= job.cut:
-                side = 1
-            elif stop > job.cut or (stop == job.cut and not piece.ends):
-                head, tail = piece.text[: job.cut - at], piece.text[job.cut - at :]
-                yield piece._replace(text=head, ends=True), 0
-                line = piece.line + head.count("\n") * piece.has_lines
-                piece, side = piece._replace(text=tail, line=line, starts=True), 1
-            at = stop
-        yield piece, side
+def hashed_sides(pieces: Pieces, fraction: float) -> list[int]:
+    """The side of each piece: that of its document, or -1 for a document that started in an earlier block."""
+    sides, side = [], -1
+    for text, starts in zip(pieces.texts, pieces.starts):
+        side = int(hash_side(text, fraction)) if starts else side
+        sides.append(side)
+    return sides
 
 
-def batches(pieces: list[Document]) -> Iterator[list[Document]]:
+def cut_sides(pieces: Pieces, cut: int, has_lines: bool) -> list[int]:
+    """The side of each piece where val begins after `cut` characters; a document there becomes two."""
+    sizes = list(map(len, pieces.texts))
+    ends = np.cumsum(sizes)
+    at = int(np.searchsorted(ends, cut))  # the first piece that reaches the cut, the last of train
+    inside = cut - int(ends[at] - sizes[at])
+    if inside < sizes[at] or not pieces.ends[at]:
+        text, line = pieces.texts[at], pieces.lines[at]
+        head, tail = text[:inside], text[inside:]
+        tail_line = line + head.count("\n") if has_lines else line
+        halves = (head, tail), (line, tail_line), (pieces.starts[at], True), (True, pieces.ends[at])
+        for column, values in zip(pieces, halves):
+            column[at : at + 1] = values
+    return [0] * (at + 1) + [1] * (len(pieces.texts) - at - 1)
+
+
+def batches(pieces: Pieces) -> Iterator[Pieces]:
     """The pieces some MiB at a time, since the lists of ids take many times the memory of their text."""
-    batch: list[Document] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= BLOCK:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    ends = np.cumsum(list(map(len, pieces.texts)))
+    start = 0
+    while start < len(pieces.texts):
+        stop = int(np.searchsorted(ends, (ends[start - 1] if start else 0) + 2 * BLOCK, side="right"))
+        stop = max(stop, start + 1)
+        yield Pieces(*(column[start:stop] for column in pieces))
+        start = stop
 
 
-def encode_pieces(pieces: list[Document], tokenizer: Tokenizer) -> list[list[int]]:
+def encode_batch(pieces: Pieces, file: str, tokenizer: Tokenizer) -> tuple[np.ndarray, list[int]]:
+    """(ids of all pieces with bos and eos, the number of each piece). A tokenizer may offer `encode_arrays`, which is
+    `encode_batch` returning arrays: no Python object a token."""
+    encode = getattr(tokenizer, "encode_arrays", tokenizer.encode_batch)
     try:
-        return tokenizer.encode_batch([piece.text for piece in pieces])
+        encoded = encode(pieces.texts)
     except ValueError:
-        for piece in pieces:
+        for text, line in zip(pieces.texts, pieces.lines):
             try:
-                tokenizer.encode(piece.text)
+                tokenizer.encode(text)
             except ValueError as error:
-                raise ValueError(f"{piece.source}: {error}") from None
+                raise ValueError(f"{file}:{line}: {error}") from None
         raise
+    bos, eos = np.array([tokenizer.bos_id]), np.array([tokenizer.eos_id])
+    parts: list = []
+    for ids, starts, ends in zip(encoded, pieces.starts, pieces.ends):
+        if starts:
+            parts.append(bos)
+        parts.append(ids)
+        if ends:
+            parts.append(eos)
+    lengths = [len(ids) + starts + ends for ids, starts, ends in zip(encoded, pieces.starts, pieces.ends)]
+    if isinstance(encoded[0], np.ndarray):
+        return np.concatenate(parts), lengths
+    return np.fromiter(chain.from_iterable(parts), dtype=np.int64, count=sum(lengths)), lengths
 
 
-def refuse_ids(pieces: Iterable[Document], tokenizer: Tokenizer) -> None:
-    for piece in pieces:
-        wrong = [id for id in tokenizer.encode(piece.text) if not 0 <= id < tokenizer.vocab_size]
+def refuse_ids(pieces: Pieces, file: str, tokenizer: Tokenizer) -> None:
+    for text, line in zip(pieces.texts, pieces.lines):
+        wrong = [id for id in tokenizer.encode(text) if not 0 <= id < tokenizer.vocab_size]
         if wrong:
-            raise ValueError(f"{piece.source}: token id {wrong[0]} is beyond the vocabulary of {tokenizer.vocab_size}")
-    raise ValueError(f"token ids beyond the vocabulary of {tokenizer.vocab_size}: bos or eos")
+            raise ValueError(f"{file}:{line}: token id {wrong[0]} is beyond the vocabulary of {tokenizer.vocab_size}")
+    raise ValueError(f"{file}: bos or eos is beyond the vocabulary of {tokenizer.vocab_size}")
 
 
 def utf8_length(text: str) -> int:
