@@ -109,6 +109,7 @@ def explained(path: str | Path) -> Iterator[None]:
     """Turn the operating system's refusals to write at `path` into one line a person can act on."""
     advice = {
         errno.ENOSPC: "the disk is full; free some space, nothing was changed",
+        errno.EFBIG: "the file would be larger than this process may write (ulimit -f); nothing was changed",
         errno.EDQUOT: "the disk quota is used up; free some space, nothing was changed",
         errno.EROFS: "the file system is read-only; choose another directory",
         errno.EACCES: "no permission to write there; choose another directory",

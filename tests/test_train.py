@@ -1,0 +1,278 @@
+"""`python train.py` from text to samples: complete, repeatable, and clear about mistakes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import minillm
+import train
+from minillm import checkpoint
+from minillm.log import read_metrics, run_command
+
+ROOT = Path(__file__).parent.parent
+SMALL = """
+[run]
+dir = "runs/small"
+[tokenizer]
+kind = "byte"
+[data]
+path = "text.txt"
+val = 0.1
+seq_len = 32
+document = "line"
+[model]
+dim = 32
+n_layers = 2
+n_heads = 2
+ffn_dim = 64
+max_seq_len = 64
+dropout = 0.1
+[optim]
+lr = 1e-2
+[train]
+max_steps = 12
+batch_tokens = 256
+micro_batch_size = 4
+save_every = 5
+eval_every = 6
+[log]
+every = 1
+samples = 1
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A directory with a small corpus and a small config, and nothing that survives the test."""
+    monkeypatch.chdir(tmp_path)
+    words = random.Random(0).choices("the a cat dog sat ran on under mat hill and then it slept".split(), k=2500)
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(words[i : i + 12]) for i in range(0, 2500, 12)))
+    (tmp_path / "small.toml").write_text(SMALL)
+    return tmp_path
+
+
+def run(*words):
+    return run_command(train.main, ["small.toml", *map(str, words)])
+
+
+def weights(directory):
+    """The hashes of the newest checkpoint's tensor files: weights and moments, to the bit."""
+    manifest = checkpoint.read(checkpoint.latest(Path(directory) / "checkpoints"))[1]
+    return {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
+
+
+def losses(directory):
+    keys = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss", "val_bpb")
+    return [{key: row.get(key) for key in keys} for row in read_metrics(Path(directory) / "metrics.jsonl")]
+
+
+def failure(capsys, *words):
+    """The one line that a command fails with."""
+    capsys.readouterr()
+    assert run(*words) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error[error.index("error: ") :]
+
+
+def test_a_run_leaves_everything_that_it_promises(workplace, capsys):
+    assert run() == 0
+    shown = capsys.readouterr().out
+    directory = workplace / "runs" / "small"
+    rows = read_metrics(directory / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "time"} <= rows[0].keys()
+    assert [row["step"] for row in rows if "val_bpb" in row] == [6, 12]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["tokens"] == 12 * 256
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["finished"]
+    assert summary["val_loss"] == rows[-1]["val_loss"]
+    assert [path.name for path in sorted((directory / "checkpoints").glob("step-*"))] == [
+        "step-00000010",
+        "step-00000012",
+    ]
+    config = json.loads((directory / "config.json").read_text())
+    assert None not in (config["data"]["seq_len"], config["train"]["max_steps"], config["optim"]["lr"])
+    assert (config["train"]["precision"], config["model"]["vocab_size"]) != ("auto", None)
+    assert "· train" in shown
+    assert "minillm generate runs/small" in shown
+    model, tokenizer = minillm.load(directory)
+    assert minillm.generate(model, tokenizer, "the ", minillm.SamplingParams(max_new_tokens=5, seed=0)).tokens
+
+
+def test_the_saved_config_repeats_the_run(workplace):
+    assert run() == 0
+    assert run_command(train.main, ["runs/small/config.json", "--run.dir", "runs/again"]) == 0
+    assert losses("runs/again") == losses("runs/small")
+    ours, theirs = (minillm.load(f"runs/{name}")[0].state_dict() for name in ("small", "again"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_another_seed_gives_another_run(workplace):
+    assert run() == run("--run.seed", 1, "--run.dir", "runs/other") == 0
+    assert losses("runs/small") != losses("runs/other")
+
+
+def test_a_finished_run_is_not_overwritten_and_resuming_it_is_no_error(workplace, capsys):
+    assert run("--run.resume", "auto") == 0
+    before = losses("runs/small")
+    assert "continue it with --run.resume auto" in failure(capsys)
+    assert run("--run.resume", "auto") == 0
+    assert "the run is finished at step 12" in capsys.readouterr().err
+    assert losses("runs/small") == before
+
+
+def test_a_longer_end_continues_a_finished_run(workplace):
+    """The directory alone is enough: what else was set is taken from the run."""
+    assert run() == 0
+    words = ["--run.dir", "runs/small", "--run.resume", "auto", "--train.max_steps", "15"]
+    assert run_command(train.main, words) == 0
+    assert [row["step"] for row in losses("runs/small")] == list(range(1, 16))
+
+
+def test_a_run_can_continue_another_from_a_path(workplace):
+    assert run() == 0
+    words = ["--run.dir", "runs/more", "--run.resume", "runs/small", "--train.max_steps", "14"]
+    assert run_command(train.main, words) == 0
+    assert [row["step"] for row in losses("runs/more")] == [13, 14]
+
+
+def test_resuming_with_changed_text_is_refused(workplace, capsys):
+    assert run() == 0
+    with open("text.txt", "a") as file:
+        file.write("\none more line about a cat")
+    message = failure(capsys, "--run.resume", "auto", "--train.max_steps", 20)
+    assert "data fingerprint" in message
+    assert "resume with the data and tokenizer that the run began with" in message
+
+
+def test_resuming_with_another_shape_is_refused_and_nothing_is_lost(workplace, capsys):
+    assert run() == 0
+    before = weights("runs/small")
+    message = failure(capsys, "--run.resume", "auto", "--train.max_steps", 20, "--model.dim", 64)
+    assert "embed.weight" in message
+    assert weights("runs/small") == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.path", "nowhere.txt"], "nowhere.txt"),
+        (["--data.path", "empty.txt"], "empty"),
+        (["--data.seq_len", 64, "--train.batch_tokens", 65536], "train.batch_tokens"),
+        (["--data.seq_len", 96, "--train.batch_tokens", 960], "data.seq_len: 96 is longer than model.max_seq_len 64"),
+        (["--model.n_heads", 5], "model.n_heads"),
+        (["--train.batch_tokens", 100], "train.batch_tokens: 100 is no multiple of data.seq_len 32; 96 is the nearest"),
+        (["--model.preset", "gpt5"], "model.preset: 'gpt5' is not known"),
+        (["--run.device", "abacus"], "run.device: 'abacus' cannot be used here"),
+        (["--run.resume", "runs/none"], "runs/none"),
+        (["other.toml"], "one config file is expected, not 2"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_nothing_is_written(workplace, capsys, words, message):
+    (workplace / "empty.txt").write_text("")
+    assert message in failure(capsys, *words)
+    assert not (workplace / "runs" / "small" / "config.json").exists()
+    assert not (workplace / "runs" / "small" / "checkpoints").exists()
+
+
+def test_five_mistakes_come_in_one_report(workplace, capsys):
+    words = ["--optim.lrr", 1, "--train.max_steps", "many", "--model.dropout", 1.5, "--model.n_heads", 5]
+    message = failure(capsys, *words, "--data.val", "hash x")
+    assert "5 problems" in message
+    for name in ("optim.lrr", "train.max_steps", "model.dropout", "model.n_heads", "data.val"):
+        assert name in message
+
+
+def test_help_lists_every_field_and_builds_no_model(capsys, monkeypatch):
+    monkeypatch.setattr(train, "Transformer", None)
+    assert run_command(train.main, ["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in (
+        "--run.dir",
+        "--model.dim",
+        "--tokenizer.kind",
+        "--data.path",
+        "--optim.lr",
+        "--train.compile",
+        "--log.every",
+    ):
+        assert name in text
+
+
+def start(directory, *words):
+    command = [sys.executable, ROOT / "train.py", "small.toml", "--run.resume", "auto", *map(str, words)]
+    return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_sigterm_saves_and_the_resumed_run_is_bitwise_the_uninterrupted_one(workplace):
+    words = ["--train.max_steps", 160, "--train.eval_every", 40, "--train.save_every", 1000]
+    with start(workplace, *words) as process:
+        while len(losses("runs/small")) < 3:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "stopped by SIGTERM" in output
+    stopped = checkpoint.read(checkpoint.latest(workplace / "runs/small/checkpoints"))[0]["progress"]["step"]
+    assert 3 <= stopped < 160
+    end = ["--train.max_steps", 160, "--train.eval_every", 40, "--train.save_every", 1000]
+    assert run("--run.resume", "auto", *end) == 0
+    assert run("--run.dir", "runs/whole", *end) == 0
+    assert losses("runs/small") == losses("runs/whole")
+    assert weights("runs/small") == weights("runs/whole")
+
+
+def kill_and_resume(workplace, kills, seed):
+    """Kill a run at random moments, resume it each time, and compare its end with a run that was left alone."""
+    end = ["--train.max_steps", 60, "--train.save_every", 1, "--train.eval_every", 20]
+    assert run("--run.dir", "runs/whole", *end) == 0
+    moments = random.Random(seed)
+    for _ in range(kills):
+        before = len(losses("runs/small"))
+        with start(workplace, *end) as process:
+            # the time to the first step varies with the machine, so the clock starts with the first new row
+            while process.poll() is None and len(losses("runs/small")) <= before:
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0, 0.1))
+            process.kill()
+            process.communicate()
+        if process.returncode == 0:  # it was faster than the kill: both runs go on a little
+            end[1] += 30
+            assert run("--run.dir", "runs/whole", "--run.resume", "auto", *end) == 0
+    assert run("--run.resume", "auto", *end) == 0
+    assert losses("runs/small") == losses("runs/whole")
+    assert weights("runs/small") == weights("runs/whole")
+
+
+def test_a_run_killed_three_times_ends_bitwise_like_one_left_alone(workplace):
+    kill_and_resume(workplace, kills=3, seed=1)
+
+
+@pytest.mark.soak
+def test_a_run_killed_fifty_times_ends_bitwise_like_one_left_alone(workplace):
+    kill_and_resume(workplace, kills=50, seed=2)
+
+
+def test_a_second_run_in_the_same_directory_is_refused(workplace, capsys):
+    with start(workplace, "--train.max_steps", 100_000) as process:
+        while not losses("runs/small"):
+            time.sleep(0.02)
+        message = failure(capsys, "--run.resume", "auto")
+        process.kill()
+    assert f"in use by process {process.pid}" in message
+
+
+def test_importing_minillm_prints_nothing_and_probes_no_device(workplace):
+    code = "import minillm, torch; print(torch.cuda.is_initialized(), sorted(minillm.__all__)[0])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert (done.stdout, done.stderr) == ("False Completion\n", "")
