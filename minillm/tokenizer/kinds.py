@@ -7,10 +7,13 @@ Ids start with the special tokens. BPE continues with 256 bytes, for what it has
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import sentencepiece
 
 from minillm.files import explained, read_json, sha256, write_atomically
@@ -41,6 +44,9 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, the same as `encode` gives, faster. An error names the text by its number, from 0."""
 
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_batch` with an array of int32 a text, which saves making a Python object of every id."""
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text; bytes that are no UTF-8, as where ids end inside a character, become U+FFFD."""
 
@@ -54,7 +60,7 @@ class Tokenizer(Protocol):
         """Write tokenizer.json, and for BPE tokenizer.model, into a directory."""
 
 
-class TableTokenizer:
+class TableTokenizer(ABC):
     """What the kinds share: a table of the bytes of every id, from which decoding follows."""
 
     kind: str
@@ -68,8 +74,15 @@ class TableTokenizer:
         self.definition |= definition
         self.hash = definition_hash(self.definition)
 
+    @abstractmethod
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """What makes a kind: see `Tokenizer`."""
+
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         ids = [int(id) for id in ids]
@@ -109,7 +122,8 @@ class BPETokenizer(TableTokenizer):
         }
         table = [b"" if i in special.values() else self.piece_bytes(i) for i in ids]
         super().__init__(table, special, {"model_sha256": hashlib.sha256(model).hexdigest()})
-        self.space_mark_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        mark_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        self.mark_ids = np.array(mark_ids, dtype=np.int32)
 
     def piece_bytes(self, id: int) -> bytes:
         piece = self.processor.id_to_piece(id)
@@ -117,19 +131,32 @@ class BPETokenizer(TableTokenizer):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(SPACE_MARK, " ").encode()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         texts = listed(texts)
-        parts = [(number, part) for number, text in enumerate(texts) for part in independent_parts(text)]
+        cut = [independent_parts(text) for text in texts]
         try:
-            encoded = self.processor.encode([part for _, part in parts], num_threads=1)  # its default: all cores
+            encoded = self.encode_parts(list(chain.from_iterable(cut)))
         except (RuntimeError, TypeError, UnicodeEncodeError):  # which of them depends on sentencepiece's version
             for number, text in enumerate(texts):
                 refuse_surrogates(text, place(texts, number))
             raise
-        batch = [[] for _ in texts]
-        for (number, part), ids in zip(parts, encoded):
-            batch[number] += self.space_mark_ids if part == SPACE_MARK else ids
-        return batch
+        if len(encoded) == len(texts):  # nothing was cut
+            return encoded
+        rest = iter(encoded)
+        return [self.joined(parts, rest) for parts in cut]
+
+    def encode_parts(self, parts: list[str]) -> list[np.ndarray]:
+        # one thread: sentencepiece's default is one a core, in each of several processes
+        if hasattr(self.processor, "encode_as_numpy"):  # newer than 0.2.1
+            return self.processor.encode_as_numpy(parts, num_threads=1)
+        return [np.array(ids, dtype=np.int32) for ids in self.processor.encode(parts, num_threads=1)]
+
+    def joined(self, parts: list[str], encoded: Iterator[np.ndarray]) -> np.ndarray:
+        """The ids of a text, taking those of its parts from `encoded`; U+2581 is written as its three bytes."""
+        pairs = zip(parts, encoded)  # in this order: no more is taken than there are parts
+        return np.concatenate(
+            [np.tile(self.mark_ids, len(part)) if part.startswith(SPACE_MARK) else ids for part, ids in pairs]
+        )
 
     def files(self) -> dict[str, bytes | str]:
         # the description comes last because it names the hash of the model
@@ -140,7 +167,7 @@ class BPETokenizer(TableTokenizer):
 
 
 def independent_parts(text: str) -> list[str]:
-    """Parts of a text whose ids, in a row, are the ids of the text; U+2581 is a part by itself.
+    """Parts of a text whose ids, in a row, are the ids of the text; runs of U+2581 are parts of their own.
 
     No piece has a space after another character, so merges never reach over the start of a space; long texts are cut
     there.
@@ -148,7 +175,7 @@ def independent_parts(text: str) -> list[str]:
     if len(text) <= LONG and SPACE_MARK not in text:
         return [text]
     parts = []
-    for stretch in re.split(f"({SPACE_MARK})", text):
+    for stretch in re.split(f"({SPACE_MARK}+)", text):
         start = 0
         while len(stretch) - start > LONG and (cut := WORD_START.search(stretch, start + LONG)):
             parts.append(stretch[start : cut.start()])
@@ -166,20 +193,29 @@ class CharTokenizer(TableTokenizer):
         characters = "".join(sorted(set(characters)))
         special = {name: id for id, name in enumerate(special_tokens)}
         super().__init__([b""] * len(special) + [c.encode() for c in characters], special, {"characters": characters})
-        self.ids = {c: id for id, c in enumerate(characters, len(special))}
+        points = [ord(c) for c in characters]
+        self.ids = np.full(max(points, default=0) + 2, -1, dtype=np.int32)  # by code point; the last is for all above
+        self.ids[points] = range(len(special), self.vocab_size)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         texts = listed(texts)
-        try:
-            return [[self.ids[c] for c in text] for text in texts]
-        except KeyError:
-            number, text = next((n, text) for n, text in enumerate(texts) if not self.ids.keys() >= set(text))
+        batch = []
+        for number, text in enumerate(texts):
             refuse_surrogates(text, place(texts, number))
-            at, c = next((at, c) for at, c in enumerate(text) if c not in self.ids)
-            raise ValueError(
-                f"{place(texts, number)}character {at} is {c!r} (U+{ord(c):04X}), not one of the {len(self.ids)} "
-                "characters this tokenizer was trained on; train it on text that has it, or use kind bpe or byte"
-            ) from None
+            points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+            ids = self.ids[np.minimum(points, len(self.ids) - 1)]
+            if ids.size and ids.min() < 0:
+                at = int(ids.argmin())
+                raise ValueError(
+                    f"{place(texts, number)}character {at} is {text[at]!r} (U+{ord(text[at]):04X}), not one of the "
+                    f"{len(self.definition['characters'])} characters this tokenizer was trained on; train it on text "
+                    "that has it, or use kind bpe or byte"
+                )
+            batch.append(ids)
+        return batch
+
+    def __reduce__(self):
+        return CharTokenizer, (self.definition["characters"], self.definition["special_tokens"])
 
 
 class ByteTokenizer(TableTokenizer):
@@ -192,16 +228,16 @@ class ByteTokenizer(TableTokenizer):
         super().__init__([b""] * len(special) + [bytes([byte]) for byte in range(256)], special, {})
         self.first = len(special)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         texts = listed(texts)
         for number, text in enumerate(texts):
             refuse_surrogates(text, place(texts, number))
-        return [[self.first + byte for byte in text.encode()] for text in texts]
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) + self.first for text in texts]
 
 
 def listed(texts: Sequence[str]) -> list[str]:
     if isinstance(texts, str):
-        raise TypeError("encode_batch takes a list of texts; for one text there is encode")
+        raise TypeError("a list of texts is expected; for one text there is encode")
     return list(texts)
 
 
