@@ -12,7 +12,6 @@ import hashlib
 from array import array
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,8 +175,7 @@ def tokenise(reading: Reading, counts: Counts, tokenizer: Tokenizer, shard_token
     number = {path: i for i, (path, _) in enumerate(reading.files)}
     side_before = 0
     with reading.bar("tokenising") as bar:
-        encode = partial(encode_block, config, tokenizer, dtype)
-        for encoded in reading.workers.map(encode, plan(reading, counts)):
+        for encoded in reading.workers.map(partial(encode_block, config, tokenizer, dtype), plan(reading, counts)):
             in_val = np.where(encoded.in_val < 0, side_before, encoded.in_val)
             side_before = in_val[-1] if len(in_val) else side_before
             for side, writer in enumerate(writers):
@@ -186,7 +184,9 @@ def tokenise(reading: Reading, counts: Counts, tokenizer: Tokenizer, shard_token
     for writer in writers:
         if not writer.n_tokens:
             n = sum(writer.sources.length for writer in writers)
-            raise ValueError(f"data.val: {config.val} of {n} documents leaves none for {writer.split}; try another one")
+            raise ValueError(
+                f"data.val: {config.val} of {n} documents leaves none for {writer.split}; give another fraction"
+            )
     return {writer.split: writer.close() for writer in writers}
 
 
@@ -201,7 +201,7 @@ def encode_block(config: DataConfig, tokenizer: Tokenizer, dtype: np.dtype, job:
         sides = [int(job.in_val)] * len(pieces.texts)
     tokens, lengths = [np.empty(0, dtype)], []
     for batch in batches(pieces):
-        ids, batch_lengths = encode_batch(batch, file, tokenizer)
+        ids, batch_lengths = encode(batch, file, tokenizer)
         if ids.size and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
             refuse_ids(batch, file, tokenizer)
         tokens.append(ids.astype(dtype))
@@ -254,12 +254,10 @@ def batches(pieces: Pieces) -> Iterator[Pieces]:
         start = stop
 
 
-def encode_batch(pieces: Pieces, file: str, tokenizer: Tokenizer) -> tuple[np.ndarray, list[int]]:
-    """(ids of all pieces with bos and eos, the number of each piece). A tokenizer may offer `encode_arrays`, which is
-    `encode_batch` returning arrays: no Python object a token."""
-    encode = getattr(tokenizer, "encode_arrays", tokenizer.encode_batch)
+def encode(pieces: Pieces, file: str, tokenizer: Tokenizer) -> tuple[np.ndarray, list[int]]:
+    """(ids of all pieces, bos and eos included; how many of each piece)."""
     try:
-        encoded = encode(pieces.texts)
+        encoded = tokenizer.encode_arrays(pieces.texts)
     except ValueError:
         for text, line in zip(pieces.texts, pieces.lines):
             try:
@@ -268,7 +266,7 @@ def encode_batch(pieces: Pieces, file: str, tokenizer: Tokenizer) -> tuple[np.nd
                 raise ValueError(f"{file}:{line}: {error}") from None
         raise
     bos, eos = np.array([tokenizer.bos_id]), np.array([tokenizer.eos_id])
-    parts: list = []
+    parts: list[np.ndarray] = []
     for ids, starts, ends in zip(encoded, pieces.starts, pieces.ends):
         if starts:
             parts.append(bos)
@@ -276,9 +274,7 @@ def encode_batch(pieces: Pieces, file: str, tokenizer: Tokenizer) -> tuple[np.nd
         if ends:
             parts.append(eos)
     lengths = [len(ids) + starts + ends for ids, starts, ends in zip(encoded, pieces.starts, pieces.ends)]
-    if isinstance(encoded[0], np.ndarray):
-        return np.concatenate(parts), lengths
-    return np.fromiter(chain.from_iterable(parts), dtype=np.int64, count=sum(lengths)), lengths
+    return np.concatenate(parts), lengths
 
 
 def refuse_ids(pieces: Pieces, file: str, tokenizer: Tokenizer) -> None:
