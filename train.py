@@ -281,7 +281,7 @@ def report(
     )
 
 
-def beginnings(store: TokenStore, count: int, length: int = 8) -> list[list[int]]:
+def beginnings(store: TokenStore, count: int, length: int = 16) -> list[list[int]]:
     """Token prompts from evenly spaced places: the starts of documents, or anywhere in a text of few."""
     if store.n_documents >= count:
         starts = [int(store.document_offsets[i * store.n_documents // count]) for i in range(count)]

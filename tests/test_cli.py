@@ -1,0 +1,149 @@
+"""Each verb of `minillm` does what it says, and says what is wrong in one line."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import train
+from minillm import cli
+from minillm.log import run_command
+
+CONFIG = """
+[run]
+dir = "run"
+[tokenizer]
+vocab_size = 300
+[data]
+path = "rows.jsonl"
+seq_len = 16
+val = 0.1
+[model]
+dim = 16
+n_layers = 1
+n_heads = 2
+max_seq_len = 48
+[optim]
+lr = 1e-3
+[train]
+max_steps = 3
+batch_tokens = 64
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A directory with a few rows of text."""
+    monkeypatch.chdir(tmp_path)
+    words = random.Random(0)
+    rows = [" ".join(words.choices("a red blue cat dog ran sat under the old hill".split(), k=9)) for _ in range(300)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (tmp_path / "config.toml").write_text(CONFIG)
+    return tmp_path
+
+
+@pytest.fixture
+def run_dir(workplace):
+    """A short run."""
+    assert run_command(train.main, ["config.toml"]) == 0
+    return workplace / "run"
+
+
+def minillm(*words):
+    return run_command(cli.dispatch, [str(word) for word in words])
+
+
+def failure(capsys, *words):
+    capsys.readouterr()
+    assert minillm(*words) == 1
+    return capsys.readouterr().err
+
+
+def test_the_verbs_are_listed(capsys):
+    assert minillm() == minillm("--help") == 0
+    text = capsys.readouterr().out
+    assert all(f"minillm {verb} " in text for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_each_verb_lists_its_options(capsys, verb):
+    assert minillm(*verb.split(), "--help") == 0
+    assert f"usage: minillm {verb}" in capsys.readouterr().out
+
+
+def test_an_unknown_verb_is_refused_with_the_list(capsys):
+    assert "minillm tokeniser: there is no such verb" in failure(capsys, "tokeniser")
+
+
+def test_a_misspelt_option_names_the_nearest(capsys):
+    assert "temprature is not a field; did you mean temperature?" in failure(capsys, "generate", "x", "--temprature", 1)
+
+
+def test_a_word_too_many_is_refused(capsys):
+    assert "'b' is not expected" in failure(capsys, "generate", "a", "b")
+
+
+def test_a_tokenizer_is_trained_and_described(workplace, capsys):
+    assert minillm("tokenizer", "train", "tok", "--data.path", "rows.jsonl", "--tokenizer.vocab_size", 310) == 0
+    assert minillm("tokenizer", "info", "tok", "--text", "rows.jsonl") == 0
+    assert "bpe" in capsys.readouterr().out
+
+
+def test_data_is_prepared_once_and_described(workplace, capsys):
+    words = ["--data.path", "rows.jsonl", "--tokenizer.kind", "byte"]
+    assert minillm("data", "prepare", *words) == 0
+    directory = capsys.readouterr().out.splitlines()[0]
+    before = {path.name: path.stat().st_mtime_ns for path in (workplace / directory).iterdir()}
+    assert minillm("data", "prepare", *words) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in (workplace / directory).iterdir()} == before
+    assert minillm("data", "info", directory, "--verify") == 0
+    assert "300" not in failure(capsys, "data", "info", "nowhere")
+
+
+def test_inspect_shows_the_documents_that_a_step_trained_on(workplace, run_dir, capsys):
+    capsys.readouterr()
+    assert minillm("data", "inspect", run_dir, "--step", 2, "--rows", 2) == 0
+    shown = capsys.readouterr().out
+    lines = [json.loads(line)["text"] for line in (workplace / "rows.jsonl").read_text().splitlines()]
+    assert shown.count("sample ") == 2
+    assert shown.startswith("sample 4:")
+    numbers = [int(line.split("rows.jsonl:")[1].split()[0]) for line in shown.splitlines() if "rows.jsonl:" in line]
+    assert numbers
+    assert any(lines[numbers[0] - 1].split()[k] in shown for k in range(3))
+
+
+def test_generation_continues_the_prompt_and_repeats_under_a_seed(run_dir, capsys):
+    words = ["generate", run_dir, "--prompt", "the cat", "--max_new_tokens", 12, "--seed", 3]
+    capsys.readouterr()
+    assert minillm(*words) == 0
+    first = capsys.readouterr().out
+    assert minillm(*words) == 0
+    assert capsys.readouterr().out == first
+    assert first.startswith("the cat")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temperature", -1], "temperature"),
+        (["--top_p", 0], "top_p"),
+        (["--max_new_tokens", 500], "48"),
+        (["--prompt", "a cat " * 100], "48"),
+        (["--step", 77], "77"),
+    ],
+)
+def test_impossible_generation_is_refused_before_any_text(run_dir, capsys, words, message):
+    assert message in failure(capsys, "generate", run_dir, *words)
+
+
+def test_a_directory_that_is_no_run_is_named(workplace, capsys):
+    (workplace / "empty").mkdir()
+    assert "empty" in failure(capsys, "generate", "empty")
+    assert "not a run directory" in failure(capsys, "data", "inspect", "empty")
+
+
+def test_generation_runs_without_gradients(run_dir):
+    assert torch.is_grad_enabled()
+    assert minillm("generate", run_dir, "--max_new_tokens", 2) == 0
+    assert torch.is_grad_enabled()
