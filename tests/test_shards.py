@@ -17,7 +17,8 @@ import pytest
 
 from minillm.data import shards, store, text, tokenise
 from minillm.data.config import DataConfig
-from minillm.data.shards import describe, open_prepared, prepare, verify
+from minillm.data.shards import describe, open_prepared, prepare
+from minillm.data.store import verify
 from minillm.data.workers import Workers
 from minillm.files import locked
 from minillm.tokenizer import ByteTokenizer, TokenizerConfig, train_tokenizer
@@ -674,3 +675,8 @@ def test_info_says_what_there_is(prepared, tmp_path):
     assert BYTES.hash in said
     assert f"{tmp_path / 'corpus.txt'}" in said
     assert "document line, text_field text, val 0.1" in said
+    assert "verified" not in said
+    assert "verified" in describe(prepared, verify=True)
+    flip(prepared.directory / "train-00000.npy", -1)
+    with pytest.raises(ValueError, match="changed since it was prepared"):
+        describe(prepared, verify=True)

@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -327,6 +328,15 @@ def test_a_cut_never_falls_inside_a_character_or_between_cr_and_lf():
 
 def test_a_document_knows_its_source():
     assert Document("text", "data/a.txt", 3).source == "data/a.txt:3"
+
+
+def test_the_examples_read_as_their_readme_says():
+    data = Path(__file__).parent.parent / "data"
+    counts = {"file": 1, "line": 11, "blank": 6}
+    for document, count in counts.items():
+        assert len(whole([data / "fables.txt"], DataConfig(document=document))) == count
+    assert len(whole([data / "facts.jsonl"])) == 6
+    assert len(whole([data / "notes.json"])) == 3
 
 
 # --- real text --------------------------------------------------------------------------------------------------------

@@ -9,14 +9,15 @@ import shutil
 from pathlib import Path
 
 from minillm.data.config import DataConfig
-from minillm.data.store import FORMAT, Prepared, TokenStore, index_hash, is_prepared, open_prepared, verify
+from minillm.data.store import FORMAT, Prepared, TokenStore, index_hash, is_prepared, open_prepared
+from minillm.data.store import verify as verify_tokens
 from minillm.data.text import find_files
 from minillm.data.tokenise import Reading, count, tokenise
 from minillm.data.workers import Workers
 from minillm.files import BusyError, atomic_directory, locked, sha256, write_atomically
 from minillm.tokenizer import Tokenizer
 
-__all__ = ["Prepared", "TokenStore", "changed_files", "describe", "is_prepared", "open_prepared", "prepare", "verify"]
+__all__ = ["Prepared", "TokenStore", "changed_files", "describe", "is_prepared", "open_prepared", "prepare"]
 
 logger = logging.getLogger("minillm")
 
@@ -139,10 +140,12 @@ def make(directory: Path, identity: dict, config: DataConfig, tokenizer: Tokeniz
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 
-def describe(prepared: Prepared) -> str:
-    """What `minillm data info` prints."""
+def describe(prepared: Prepared, verify: bool = False) -> str:
+    """What `minillm data info` prints; with `verify` after every token has been read and every hash compared."""
+    if verify:
+        verify_tokens(prepared.directory)
     info = prepared.info
-    lines = [f"{prepared.directory}", f"{'':8}{'documents':>14}{'tokens':>16}{'bytes':>18}{'bytes/token':>13}"]
+    lines = [f"{'':8}{'documents':>14}{'tokens':>16}{'bytes':>18}{'bytes/token':>13}"]
     for store in filter(None, (prepared.train, prepared.val)):
         numbers = f"{store.n_documents:>14,}{store.n_tokens:>16,}{store.n_bytes:>18,}"
         lines.append(f"{store.split:8}{numbers}{store.n_bytes / store.n_tokens:>13.2f}")
@@ -151,7 +154,9 @@ def describe(prepared: Prepared) -> str:
     lines.append("settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
     shards = sum(len(split["shards"]) for split in info["splits"].values())
     dtype = info["splits"]["train"]["shards"][0]["dtype"]
-    lines.append(f"{shards} shard{'s' * (shards > 1)} of {dtype}, fingerprint {info['fingerprint']}")
+    lines.append(
+        f"{shards} shard{'s' * (shards > 1)} of {dtype}, fingerprint {info['fingerprint']}{', verified' * verify}"
+    )
     lines += skipped(info)
     changed = set(changed_files(info))
     files = info["files"]

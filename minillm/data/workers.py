@@ -5,6 +5,7 @@ library has threads), no second run of the main script, so it needs no `if __nam
 socket; when the program that started it is gone, however that happened, the socket closes and the worker ends.
 """
 
+import gc
 import os
 import pickle
 import socket
@@ -152,6 +153,7 @@ def guarded(tasks: Iterable[Task]) -> Iterator[Outcome]:
 
 def serve(handle: int) -> None:
     """What a worker does: for each task that arrives, send its outcome; end when the socket closes."""
+    gc.freeze()  # what was imported stays: the garbage collector need not look through it again and again
     connection = Connection(handle)
     payload, function = b"", None
     try:
