@@ -9,7 +9,7 @@ python train.py --run.dir runs/mine --run.resume auto  continue where it stopped
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 
 from minillm import checkpoint
 from minillm.config import ConfigError, Layer, arguments, build, file_layer, flatten, help_text, lookup, to_dict
+from minillm.data.batch import Batch
 from minillm.data.config import DataConfig
 from minillm.data.corpus import corpus_bytes, open_corpus, with_path
 from minillm.data.loader import Loader, eval_batches
@@ -231,16 +232,20 @@ def make_evaluation(
     val: TokenStore | None,
     config: Config,
     device: torch.device,
-) -> Callable[[], dict[str, float]] | None:
+) -> Callable[[Callable[[], None]], dict[str, float]] | None:
     """Loss and bits per byte over the whole validation split; None where there is no split."""
     if val is None:
         return None
     token_bytes = token_byte_lengths(tokenizer).to(device)
     rows = max(1, 2 * config.train.micro_batch_size)  # no gradients are kept, so more fits
 
-    def run_evaluation() -> dict[str, float]:
-        batches = eval_batches(val, config.data.seq_len, config.data.packing, rows, device)
-        return evaluate(model, batches, objective, token_bytes)
+    def run_evaluation(raise_if_stopped: Callable[[], None]) -> dict[str, float]:
+        def batches() -> Iterator[Batch]:
+            for batch in eval_batches(val, config.data.seq_len, config.data.packing, rows, device):
+                raise_if_stopped()
+                yield batch
+
+        return evaluate(model, batches(), objective, token_bytes)
 
     return run_evaluation
 

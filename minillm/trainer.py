@@ -62,6 +62,10 @@ class Loader(Protocol):
     def batches(self, cursor: int) -> Sequence[Any]: ...
 
 
+class Stopped(Exception):
+    """A signal came during an evaluation, whose part is thrown away."""
+
+
 class NonFiniteError(ValueError):
     """The loss or the gradient was not a finite number for too many steps in a row."""
 
@@ -107,7 +111,8 @@ class Trainer:
     Args:
         loader: gives this rank's micro-batches of a step. objective: see Objective.
         steps: where the run ends. lr_at: learning rate of the step of that index, from 0.
-        evaluate: returns {"val_loss": ..., "val_bpb": ...}. run: where metrics and checkpoints go; None: nowhere.
+        evaluate: returns {"val_loss": ..., "val_bpb": ...}; it is handed a function to call between batches, which
+            raises where the run is to stop. run: where metrics and checkpoints go; None: nowhere.
         flops_per_token, peak_flops: what MFU is made of. identity: what a checkpoint must agree on to be resumed
             (tokenizer hash, data fingerprint). config_dict: the resolved configuration, kept in each checkpoint.
     """
@@ -125,7 +130,7 @@ class Trainer:
         dist: Context,
         grad_clip: float | None = 1.0,
         seed: int = 0,
-        evaluate: Callable[[], dict[str, float]] | None = None,
+        evaluate: Callable[[Callable[[], None]], dict[str, float]] | None = None,
         run: RunDirectory | None = None,
         log_every: int = 1,
         flops_per_token: float = 0.0,
@@ -248,7 +253,7 @@ class Trainer:
                 at.seconds += clock.last
                 ends = at.step == self.steps
                 validation = {}
-                if self.evaluate and not self.stop_signal and (at.step % eval_every == 0 or ends):
+                if self.evaluate and (at.step % eval_every == 0 or ends):
                     validation = self.evaluation()
                 if validation or at.step % self.log_every == 0 or ends:
                     row = self.row(figures, clock.rate(at.tokens), validation)
@@ -266,12 +271,21 @@ class Trainer:
         return self.progress.step >= self.steps or self.stop_signal is not None
 
     def evaluation(self) -> dict[str, float]:
-        """Evaluate now and remember the best."""
-        with self.autocast():
-            figures, at = self.evaluate(), self.progress
+        """Evaluate now and remember the best; nothing, where a signal came before it was done."""
+        at = self.progress
+        try:
+            with self.autocast():
+                figures = self.evaluate(self.raise_if_stopped)
+        except Stopped:
+            return {}
         if at.best_val_loss is None or figures["val_loss"] < at.best_val_loss:
             at.best_val_loss, at.best_step = figures["val_loss"], at.step
         return {key: figures[key] for key in ("val_loss", "val_bpb") if key in figures}
+
+    def raise_if_stopped(self) -> None:
+        """Raises Stopped once a signal came: for an evaluation to call now and then."""
+        if self.stop_signal:
+            raise Stopped
 
     def row(self, figures: dict[str, float], rate: float, validation: dict[str, float]) -> dict[str, Any]:
         """One row of metrics.jsonl."""

@@ -205,6 +205,17 @@ def test_a_signal_ends_the_step_saves_and_returns(tmp_path, number):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_ends_a_long_evaluation_too(tmp_path):
+    def endless(raise_if_stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            raise_if_stopped()
+
+    summary = make_trainer(prepared(tmp_path), evaluate=endless).fit()
+    assert (summary["step"], summary["stopped_by"], "val_loss" in summary) == (4, "SIGTERM", False)
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step-00000004"
+
+
 def test_fp16_scales_the_loss_and_survives_an_overflow():
     trainer = make_trainer(precision="fp16", steps=60)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
@@ -244,7 +255,7 @@ def test_a_checkpoint_of_other_data_is_refused_before_a_weight_changes(tmp_path)
 
 def test_evaluation_happens_on_schedule_and_at_the_end(tmp_path):
     losses = iter([3.0, 1.0, 2.0])
-    trainer = make_trainer(prepared(tmp_path), evaluate=lambda: {"val_loss": next(losses), "val_bpb": 1.0})
+    trainer = make_trainer(prepared(tmp_path), evaluate=lambda _: {"val_loss": next(losses), "val_bpb": 1.0})
     summary = trainer.fit()
     evaluated = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
     assert evaluated == [4, 8, 12]
