@@ -169,7 +169,7 @@ def expected_tail(found: list[str], fraction: float) -> tuple[list[str], list[st
 
 def test_blocks_and_pieces_of_any_size_make_the_same_split(tmp_path, monkeypatch):
     dice = random.Random(0)
-    for trial in range(60):
+    for trial in range(40):
         found = [random_line(dice) for _ in range(dice.choice([1, 2, 5, 20]))]
         settings = dice.choice([{"document": "line"}, {"document": "file"}, {"document": "blank"}])
         joined = {"line": "\n", "file": "\n", "blank": "\n\n"}[settings["document"]].join(found)
@@ -215,6 +215,19 @@ def test_held_out_files_are_not_trained_on(tmp_path):
     prepared = prepare(config, BYTES)
     assert texts_of(prepared.train) == ["text of a.txt", "text of sub/b.txt"]
     assert texts_of(prepared.val) == ["text of held_out.txt"]
+
+
+def test_a_line_of_10_mb_is_prepared_exactly(tmp_path):
+    line = "A line without an end, 没有换行, " * 260_000
+    prepared = prepare(setup(tmp_path, f"short\n{line}\nlast\n", document="line", val="0.3"), BYTES)
+    cut = int((len(line) + 9) * 0.7) - 5
+
+    def whole(tokens, number):
+        return (tokens.document(number)[1:-1] - BYTES.first).astype(np.uint8).tobytes().decode()
+
+    assert [whole(prepared.train, number) for number in range(2)] == ["short", line[:cut]]
+    assert [whole(prepared.val, number) for number in range(2)] == [line[cut:], "last"]
+    assert prepared.train.n_bytes + prepared.val.n_bytes == len(line.encode()) + 9 > 10**7
 
 
 def test_nothing_is_held_out_where_val_is_0(tmp_path):
@@ -300,8 +313,9 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
 
 def test_a_folder_of_prepared_tokens_can_be_the_path(tmp_path):
     prepared = prepare(setup(tmp_path, "one two three"), BYTES)
-    again = prepare(DataConfig(path=str(prepared.directory), cache_dir=str(tmp_path / "other")), BYTES)
-    assert again.directory == prepared.directory
+    for path in (str(prepared.directory), [str(prepared.directory)]):
+        again = prepare(DataConfig(path=path, cache_dir=str(tmp_path / "other")), BYTES)
+        assert again.directory == prepared.directory
     assert not (tmp_path / "other").exists()
 
 
@@ -313,13 +327,13 @@ def test_the_same_bytes_whatever_the_number_of_workers(tmp_path, monkeypatch):
     setup(folder, "\n".join(lines), "a.txt")
     setup(folder, "".join(json.dumps({"text": line * 3}) + "\n" for line in lines), "b.jsonl")
     setup(folder, gzip.compress(json.dumps(lines).encode()), "c.json.gz")
-    for val in ("0.1", "hash 0.3"):
+    for val, counts in (("0.1", (1, 3)), ("hash 0.3", (1, 2))):
         found = []
-        for workers in (1, 2, 3):
+        for workers in counts:
             config = DataConfig(path=str(folder), val=val, cache_dir=str(tmp_path / f"{workers}"), workers=workers)
             found.append(contents(prepare(config, BYTES, shard_tokens=50_000).directory))
         assert len(found[0]) > 15
-        assert found[0] == found[1] == found[2]
+        assert found[0] == found[1]
 
 
 # Imports the package without its __init__, which needs torch: these tests start processes that must be quick.
@@ -618,7 +632,7 @@ def running(pid) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to see the workers")
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_the_program(tmp_path, end):
-    process = start_script(tmp_path, 60, workers=2)
+    process = start_script(tmp_path, 20, workers=2)
     cache = tmp_path / "cache"
     try:
         wait_for(lambda: any(cache.glob(".*.tmp/train-00000.npy")))

@@ -35,8 +35,10 @@ def prepare(
     itself a folder of prepared tokens is opened. `progress` None shows a bar where there is a terminal.
     Raises ValueError, naming file and line, for text that cannot be used; nothing half-written is left.
     """
-    if isinstance(config.path, str) and is_prepared(config.path):
-        return open_prepared(config.path, tokenizer.hash)
+    paths = [config.path] if isinstance(config.path, str) else config.path or []
+    if len(paths) == 1 and is_prepared(paths[0]):
+        logger.info("%s: prepared tokens; data.val and how documents are cut are as they were then", paths[0])
+        return open_prepared(paths[0], tokenizer.hash)
     identity = identify(config, tokenizer, shard_tokens)
     stem = re.sub(r"[^\w.-]+", "-", Path(identity["files"][0]["path"]).name).strip("-.") or "text"
     directory = Path(config.cache_dir).expanduser() / f"{stem}-{identity['fingerprint'][:16]}"

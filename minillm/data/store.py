@@ -126,7 +126,8 @@ def read_index(directory: Path) -> dict:
         raise ValueError(f"{directory}: no such folder; `minillm data prepare` makes one")
     index = read_json(directory / "index.json")
     if index.get("format") != FORMAT:
-        raise ValueError(f"{directory}/index.json: format {index.get('format')!r}, expected {FORMAT!r}")
+        found = f"format {index.get('format')!r}, expected {FORMAT!r}"
+        raise ValueError(f"{directory}/index.json: {found}; prepare the text again")
     if index.get("hash") != index_hash(index):
         raise ValueError(f"{directory}/index.json: changed since it was written; {advice(directory)}")
     return index
