@@ -168,14 +168,18 @@ def select_rows(
         raise ValueError(
             f"targets have shape {tuple(targets.shape)}; the hidden state needs {tuple(hidden.shape[:-1])}"
         )
-    if on_host(targets):  # elsewhere the kernels check bounds themselves
-        check_targets(targets, vocab_size)
-    rows, row_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    rows, row_targets, index = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), None
     if skip_ignored or (skip_ignored is None and on_host(targets)):
         index = (row_targets != IGNORE_INDEX).nonzero()[:, 0]  # (N,)
-        if len(index) < len(row_targets):
-            return rows[index], row_targets[index], index
-    return rows, row_targets, None
+        if len(index) == len(row_targets):
+            index = None
+        else:
+            rows, row_targets = rows[index], row_targets[index]
+    if on_host(targets) and len(row_targets):  # elsewhere the kernels check bounds themselves
+        least, most = row_targets.aminmax()
+        if least < 0 or most >= vocab_size:
+            check_targets(targets, vocab_size)
+    return rows, row_targets, index
 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:

@@ -5,7 +5,7 @@ Rules that the code below follows, in one place:
 - Weight decay pulls on matrices only. Norm weights and biases set scales and offsets, where zero is no simpler than any
   other value. Embeddings (tied ones too) do not decay either: a row gets a gradient only in steps where its token
   occurs but would shrink in all, and small embeddings mean large gradients behind the first norm (Takase et al. 2023,
-  arXiv:2312.16903; OLMo 2, arXiv:2501.00656, section 3.4).
+  arXiv:2312.16903; OLMo 2, arXiv:2501.00656).
 - Muon takes the matrices inside the model. Embeddings, the head, norms and biases stay with AdamW: a row of an
   embedding or of the head belongs to one token, and only occurs with it (Jordan 2024).
 - The learning rate is a pure function of the step, so resuming cannot make it jump.
@@ -285,8 +285,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Ten
     norm = get_total_norm([p.grad for p in parameters])
     if hasattr(norm, "full_tensor"):  # sharded gradients: each rank has the norm of its part
         norm = norm.full_tensor()
-    small = norm.device.type == "cpu" and max_norm is not None and norm < max_norm  # then the factor is exactly 1
-    if max_norm is not None and not small:
+    # clip_grads_with_norm_ multiplies by max_norm / (norm + 1e-6), or 1; where looking is free, spare the factor 1
+    if max_norm is not None and not (norm.device.type == "cpu" and norm + 1e-6 <= max_norm):
         clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 

@@ -102,6 +102,19 @@ def test_training_goes_on_after_an_evaluation(compiled):
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_no_graph_is_built_and_no_inference_tensor_is_left():
+    modes = []
+
+    class Watching(NextToken):
+        def __call__(self, model, batch):
+            modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+            return super().__call__(model, batch)
+
+    evaluate(Small(), batches(2), Watching())
+    assert modes == [(False, False)]
+    assert torch.is_grad_enabled()
+
+
 def test_sums_go_through_reduce_before_they_are_divided():
     model, seen = Transformer(CONFIG), []
 
