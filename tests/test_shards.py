@@ -218,7 +218,7 @@ def test_held_out_files_are_not_trained_on(tmp_path):
 
 
 def test_a_line_of_10_mb_is_prepared_exactly(tmp_path):
-    line = "A line without an end, 没有换行, " * 260_000
+    line = "A line without an end, 没有换行, " * 275_000
     prepared = prepare(setup(tmp_path, f"short\n{line}\nlast\n", document="line", val="0.3"), BYTES)
     cut = int((len(line) + 9) * 0.7) - 5
 

@@ -244,7 +244,7 @@ def cut_sides(pieces: Pieces, cut: int, has_lines: bool) -> list[int]:
 
 
 def batches(pieces: Pieces) -> Iterator[Pieces]:
-    """The pieces some MiB at a time, since the lists of ids take many times the memory of their text."""
+    """The pieces some MiB at a time, however large the row they come from: encoding takes many times their memory."""
     ends = np.cumsum(list(map(len, pieces.texts)))
     start = 0
     while start < len(pieces.texts):
