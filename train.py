@@ -42,6 +42,8 @@ from minillm.tokenizer import Tokenizer, TokenizerConfig
 from minillm.trainer import DTYPES, TrainConfig, Trainer, total_steps
 
 USAGE = f"usage: python train.py [CONFIG.toml] [--section.field VALUE ...]\n\n{__doc__}"
+QUICKSTART = Path(__file__).parent / "configs" / "quickstart.toml"
+LIMITS = ("train.max_steps", "train.max_tokens", "train.max_epochs")
 ROWS_OF_METRICS = 200
 
 
@@ -81,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     config = build(Config, given)
     with open_run(config.run) as run, connect(config.run.device) as dist:
         start = starting_point(config.run, run)
-        config = choose(given, start, dist)
+        config = complete(given, start, dist)
         tokenizer, prepared = open_corpus(config.data, config.tokenizer)
         trainer, config = make_trainer(config, tokenizer, prepared, run, dist)
         if start:
@@ -126,29 +128,33 @@ def starting_point(config: RunConfig, run: RunDirectory) -> Path | None:
     return checkpoint.latest(run.checkpoints) if config.resume == "auto" else find_checkpoint(Path(config.resume))
 
 
-def choose(given: list[Layer], start: Path | None, dist: Context) -> Config:
-    """The complete configuration: what the user left open is taken from the run continued, or fits the corpus."""
-    if start:
-        saved = {k: v for k, v in flatten(checkpoint.read(start)[0]["config"]).items() if not k.startswith("run.")}
-        layers = [Layer(str(start), saved), *given]
-        config = build(Config, layers)
-    else:
-        config = build(Config, given)
-        config = dataclasses.replace(config, data=with_path(config.data))
-        size = corpus_bytes(config.data)
-        recommended = recommend(size)
-        if any(lookup(given, f"train.{limit}") is not None for limit in ("max_steps", "max_tokens", "max_epochs")):
-            recommended.pop("train.max_epochs")
-        max_seq_len = lookup(given, "data.seq_len", recommended["data.seq_len"])
-        chosen = [Layer("chosen for the corpus", recommended | {"model.max_seq_len": max_seq_len})]
-        layers = [*preset_layer(chosen), *chosen, *given]
-        open_fields = {name: value for name, value in recommended.items() if lookup(given, name) is None}
-        said = ", ".join(f"{name} {value}" for name, value in open_fields.items())
-        LOGGER.info("%s, %.1f MB of text: chosen for that size: %s", config.data.path, size / 1e6, said)
-        layers.insert(-len(given), Layer("embedded corpus", {"data.path": config.data.path}))
-        config = build(Config, layers)
+def complete(given: list[Layer], start: Path | None, dist: Context) -> Config:
+    """The configuration of the run: what the user left open is taken from the run continued, or fits the corpus."""
+    config = build(Config, [*(continued(start) if start else fitting(given)), *given])
     precision = best_precision(dist.device) if config.train.precision == "auto" else config.train.precision
     return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
+
+
+def continued(start: Path) -> list[Layer]:
+    """The layer of the run that a checkpoint belongs to."""
+    saved = flatten(checkpoint.read(start)[0]["config"])
+    return [Layer(str(start), {name: value for name, value in saved.items() if not name.startswith("run.")})]
+
+
+def fitting(given: list[Layer]) -> list[Layer]:
+    """Layers that suit the text: the quickstart's where no path is given, else what fits the size; and says which."""
+    data = build(Config, given).data
+    if data.path is None:
+        chosen = dict(file_layer(QUICKSTART).values) | {"data.path": with_path(data).path}
+    else:
+        chosen = recommend(corpus_bytes(data))
+    if any(lookup(given, limit) is not None for limit in LIMITS):
+        chosen = {name: value for name, value in chosen.items() if name not in LIMITS}
+    chosen["model.max_seq_len"] = lookup(given, "data.seq_len", chosen["data.seq_len"])
+    layer = Layer("chosen for the corpus", chosen)
+    said = ", ".join(f"{name} {value}" for name, value in chosen.items() if lookup(given, name) is None)
+    LOGGER.info("chosen for the corpus: %s", said)
+    return [*preset_layer([layer]), layer]
 
 
 # --- the parts of a run -----------------------------------------------------------------------------------------------
@@ -261,8 +267,9 @@ def report(
         print(f"\nstopped by {summary['stopped_by']} at step {summary['step']}; continue with --run.resume auto")
         return
     model.eval()
+    print("\nsamples: a beginning that was held out ▸ what the model adds")
     for prompt in beginnings(prepared.val or prepared.train, config.log.samples):
-        print(f"\n--- {tokenizer.decode(prompt)}▸", end="", flush=True)
+        print(f"\n  {tokenizer.decode(prompt)} ▸ ", end="", flush=True)
         new_tokens = min(160, model.config.max_seq_len - len(prompt))
         params = SamplingParams(max_new_tokens=new_tokens, temperature=0.7, top_p=0.95, seed=config.run.seed)
         for piece in stream(model, tokenizer, prompt, params):

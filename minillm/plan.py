@@ -58,8 +58,8 @@ class Recipe:
 # Models grow with the text, and the text is read up to four times, beyond which repeated tokens teach little
 # (Muennighoff et al. 2023). The share held out shrinks, so that an evaluation stays short beside the training.
 RECIPES = (
-    Recipe(3e6, "micro", 256, 4096, 4, 3e-3, "0.05"),
-    Recipe(3e7, "micro", 256, 8192, 1, 3e-3, "0.01"),
+    Recipe(3e6, "micro", 256, 2048, 4, 3e-3, "0.05"),
+    Recipe(3e7, "micro", 256, 2048, 1, 3e-3, "0.01"),
     Recipe(3e8, "small", 512, 32_768, 2, 2e-3, "0.005"),
     Recipe(3e9, "large", 1024, 131_072, 1, 1e-3, "0.001"),
     Recipe(float("inf"), "xl", 1024, 524_288, 1, 6e-4, "0.0001"),
@@ -77,6 +77,7 @@ def recommend(corpus_bytes: int) -> dict[str, object]:
         "data.val": recipe.val,
         "train.batch_tokens": recipe.batch_tokens,
         "train.max_epochs": recipe.epochs,
+        "optim.name": "muon",
         "optim.lr": recipe.lr,
     }
 
