@@ -105,6 +105,7 @@ def test_folders_are_searched_to_the_bottom_in_order(tmp_path):
         ".git/x.txt",
         "README.md",
         "dataset_info.json",
+        "cache/index.json",
     ):
         write(tmp_path / name, "")
     assert [str(p.relative_to(tmp_path)) for p in find_files(tmp_path)] == ["a.jsonl.gz", "b.txt", "sub/deep/c.JSON"]
@@ -236,6 +237,31 @@ def test_damaged_gzip_is_named(tmp_path):
     for content in (packed[:-100], b"no gzip at all", packed[:50] + b"\0\0\0" + packed[53:]):
         path = write(tmp_path / "a.txt.gz", content)
         assert error_of(path).startswith(f"{path}: the gzip data is damaged or cut short")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.txt.gz"])
+def test_damage_of_any_kind_is_refused_by_name_or_harmless(tmp_path, name):
+    dice = random.Random(0)
+    rows = [{"text": "Größe 猫 🙂\n" * n, "id": n} for n in range(8)]
+    good = {
+        "a.txt": "Größe 猫 🙂\r\n\r\n".encode() * 8,
+        "a.jsonl": "".join(json.dumps(row, ensure_ascii=n % 2 == 0) + "\n" for n, row in enumerate(rows)).encode(),
+        "a.json": json.dumps(rows, indent=1).encode(),
+        "a.txt.gz": gzip.compress("Größe 猫 🙂\n".encode() * 50),
+    }[name]
+    errors = []
+    for _ in range(300):
+        bad = bytearray(good)
+        for _ in range(dice.randrange(1, 4)):
+            at = dice.randrange(len(bad))
+            bad[at : at + dice.choice([0, 1, 1, 5])] = dice.randbytes(dice.choice([0, 1, 1, 3]))
+        path = write(tmp_path / name, bytes(bad[: dice.choice([len(bad), dice.randrange(len(bad) + 1)])]))
+        try:
+            whole([path], DataConfig(document=dice.choice(["file", "line", "blank"])))
+        except ValueError as error:
+            errors.append(error)
+    assert len(errors) > 100
+    assert [error for error in errors if type(error) is not ValueError or not str(error).startswith(f"{path}:")] == []
 
 
 def test_a_row_beyond_the_limit_is_refused(tmp_path, monkeypatch):

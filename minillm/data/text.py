@@ -28,6 +28,7 @@ BLOCK = 2**20  # bytes read at a time: 0.2 s of tokenising, so that a process is
 PIECE = 2**14  # bytes: sentencepiece encodes pieces of 16 KiB three times as fast as one text of 1 MiB
 MAX_ROW = 2**28  # bytes of one JSON row, 256 MiB
 FORMATS = ".txt, .jsonl or .json, or one of these and .gz"
+OTHER = ("dataset_info.json", "index.json", "plan.json", "tokenizer.json")  # no text, but found beside it
 SPACES = b" \t\r\n"
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r\f\v]*\n)+")
 
@@ -95,7 +96,7 @@ def documents(files: Iterable[str | Path], config: DataConfig) -> Iterator[Docum
 def find_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
     """The text files that paths, folders and globs name: in the order given, each once, those of a folder sorted.
 
-    A folder is searched to the bottom for the formats we read; hidden files and dataset_info.json are left out.
+    A folder is searched to the bottom for the formats we read; hidden files and those of OTHER are left out.
     """
     found: dict[Path, None] = {}
     for one in [path] if isinstance(path, (str, Path)) else path:
@@ -107,7 +108,7 @@ def files_of(path: str) -> list[Path]:
     place = Path(path).expanduser()
     if place.is_dir():
         inside = sorted(p for p in place.rglob("*") if not any(part[0] == "." for part in p.relative_to(place).parts))
-    elif place.exists():
+    elif place.is_file():
         if text_format(place) is None:
             raise ValueError(f"{path}: cannot tell the format from the name; it must end in {FORMATS}")
         return [place]
@@ -118,7 +119,7 @@ def files_of(path: str) -> list[Path]:
         close = difflib.get_close_matches(place.name, siblings, n=1)
         hint = f"; did you mean {place.parent / close[0]}?" if close else ""
         raise ValueError(f"{path}: no such file or folder{hint}")
-    files = [p for p in inside if p.is_file() and text_format(p) is not None and p.name != "dataset_info.json"]
+    files = [p for p in inside if p.is_file() and text_format(p) is not None and p.name not in OTHER]
     if not files:
         raise ValueError(f"{path}: no text there; files must end in {FORMATS}")
     return files
@@ -228,16 +229,16 @@ def parse(block: Block, config: DataConfig) -> Pieces:
     if "" in texts:
         kept = [i for i, text in enumerate(texts) if text or not (starts[i] and ends[i])]
         pieces = Pieces(*([column[i] for i in kept] for column in pieces))
-    return (
-        cut_long(pieces, text_format(block.file) == "txt") if max(map(len, texts), default=0) > PIECE // 4 else pieces
-    )
+    if max(map(len, texts), default=0) > PIECE // 4:
+        pieces = cut_long(pieces, text_format(block.file) == "txt")
+    return pieces
 
 
 def texts_of(block: Block, config: DataConfig) -> tuple[list[int], list[str]]:
     """(lines, texts) of the documents of a block, the first and the last perhaps in part; "" for a blank one."""
     kind = text_format(block.file)
     if kind == "json":
-        lines, texts = block.rows
+        lines, texts = map(list, block.rows)
     elif kind == "jsonl":
         lines, values = jsonl_rows(decoded(block), block.file, block.line)
         texts = row_texts(values, lines, block.file, config.text_field)
