@@ -8,6 +8,7 @@ python train.py --run.dir runs/mine --run.resume auto  continue where it stopped
 
 import dataclasses
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -268,7 +269,8 @@ def report(
         return
     model.eval()
     print("\nsamples: a beginning that was held out ▸ what the model adds")
-    for prompt in beginnings(prepared.val or prepared.train, config.log.samples):
+    prompts = beginnings(prepared.val or prepared.train, max(1, config.log.samples))
+    for prompt in prompts[: config.log.samples]:
         print(f"\n  {tokenizer.decode(prompt)} ▸ ", end="", flush=True)
         new_tokens = min(160, model.config.max_seq_len - len(prompt))
         params = SamplingParams(max_new_tokens=new_tokens, temperature=0.7, top_p=0.95, seed=config.run.seed)
@@ -285,8 +287,9 @@ def report(
         f"{run.path}: {summary['tokens']:,} tokens in {summary['hours'] * 60:.1f} minutes, "
         f"{summary['mean_tokens_per_second']:,.0f} tokens/s, {summary['peak_memory_bytes'] / 2**30:.1f} GiB{val}"
     )
+    words = " ".join(tokenizer.decode(prompts[0]).split())
     print(
-        f'\nnext:  minillm generate {run.path} --prompt "One morning" --temperature 0.8\n'
+        f"\nnext:  minillm generate {run.path} --prompt {shlex.quote(words)} --temperature 0.8\n"
         f"       minillm data inspect {run.path} --step 1\n"
         "       python train.py --data.path my.txt --run.dir runs/mine\n"
         "       python train.py --help"

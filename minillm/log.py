@@ -43,31 +43,44 @@ def show_messages(level: int = logging.INFO) -> None:
     LOGGER.propagate = False
 
 
-class MetricsLog:
-    """metrics.jsonl: one JSON object a row, each flushed whole.
+class RunLog:
+    """Where a run reports its steps: a progress bar on standard error, and metrics.jsonl, one JSON object a row.
 
-    Opening it at a step drops the rows past that step and a last row that a crash cut short, so that a resumed run
-    continues the file that an uninterrupted one would have written.
+    Opening the file at a step drops the rows past that step and a last row that a crash cut short, so that a resumed
+    run continues the file that an uninterrupted one would have written. Without a path there is only the bar.
     """
 
-    def __init__(self, path: str | Path, step: int = 0):
-        self.path = Path(path)
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+    def __init__(self, metrics: str | Path | None, step: int, steps: int, show: bool = True):
+        self.path = Path(metrics) if metrics else None
+        if self.path:
+            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        layout = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        options = {"bar_format": layout, "dynamic_ncols": True, "smoothing": 0.05, "disable": not show}
+        self.bar = tqdm(total=steps, initial=step, desc="train", **options)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def advance(self) -> None:
+        """Move the bar by a step."""
+        self.bar.update(1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row."""
-        with explained(self.path):
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-
-    def close(self) -> None:
-        """Flush to the disk and close."""
-        with explained(self.path):
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
+        """Append a row to the file, whole, and show its loss and speed; a validation gets a line of its own."""
+        if self.path:
+            with explained(self.path), open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if self.bar.disable:
+            return
+        loss = "none" if row["loss"] is None else f"{row['loss']:.3f}"
+        self.bar.set_postfix_str(f"loss {loss}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False)
+        if "val_loss" in row:
+            bpb = f", {row['val_bpb']:.3f} bits per byte" if "val_bpb" in row else ""
+            LOGGER.info("step %d: train loss %s, val loss %.4f%s", row["step"], loss, row["val_loss"], bpb)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -85,26 +98,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def progress(total: int, start: int, description: str, show: bool = True) -> tqdm:
-    """A bar over steps on standard error: done, rate and time left, with figures set by `set_postfix_str`."""
-    layout = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-    return tqdm(
-        total=total,
-        initial=start,
-        desc=description,
-        bar_format=layout,
-        dynamic_ncols=True,
-        smoothing=0.05,
-        disable=not show,
-    )
-
-
 class Clock:
-    """Seconds spent in the blocks it times, and the rate of tokens since it was last asked."""
+    """Seconds spent in the blocks it times, the rate of tokens, and the share of the device's peak that they use."""
 
-    def __init__(self, tokens: int):
+    def __init__(self, tokens: int, flops_per_token: float = 0.0, peak_flops: float = 0.0):
         self.last = self.seconds = self.marked_seconds = 0.0
         self.first_tokens = self.marked_tokens = tokens
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -114,11 +114,12 @@ class Clock:
         self.last = time.perf_counter() - start
         self.seconds += self.last
 
-    def rate(self, tokens: int) -> float:
-        """Tokens per second since the last call."""
+    def speed(self, tokens: int) -> dict[str, float | None]:
+        """tokens_per_second since the last call, and mfu (None where the peak is not known)."""
         rate = (tokens - self.marked_tokens) / max(self.seconds - self.marked_seconds, 1e-9)
         self.marked_seconds, self.marked_tokens = self.seconds, tokens
-        return rate
+        mfu = round(rate * self.flops_per_token / self.peak_flops, 4) if self.peak_flops else None
+        return {"tokens_per_second": round(rate, 1), "mfu": mfu}
 
     def mean_rate(self, tokens: int) -> float:
         """Tokens per second since the clock was made."""

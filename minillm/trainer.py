@@ -17,7 +17,7 @@ from torch import nn
 from minillm import checkpoint
 from minillm.distributed.context import Context, best_precision, peak_memory
 from minillm.distributed.parallelize import parameter_names
-from minillm.log import LOGGER, Clock, MetricsLog, progress
+from minillm.log import LOGGER, Clock, RunLog
 from minillm.optim import clip_grad_norm_, optimizer_tensors
 from minillm.run import RunDirectory
 
@@ -240,9 +240,10 @@ class Trainer:
         at, config = self.progress, self.config
         eval_every = config.eval_every or math.ceil(self.steps / 10)
         save_every = config.save_every or math.ceil(self.steps / 5)
-        clock = Clock(at.tokens)
+        clock = Clock(at.tokens, self.flops_per_token, self.peak_flops)
+        metrics = self.run.metrics if self.run and self.dist.is_main else None
         row: dict[str, Any] = {}
-        with self.signals(), self.outputs() as (bar, log):
+        with self.signals(), RunLog(metrics, at.step, self.steps, show=self.dist.is_main) as log:
             while not self.done():
                 try:
                     with clock.running():
@@ -256,10 +257,9 @@ class Trainer:
                 if self.evaluate and (at.step % eval_every == 0 or ends):
                     validation = self.evaluation()
                 if validation or at.step % self.log_every == 0 or ends:
-                    row = self.row(figures, clock.rate(at.tokens), validation)
-                    log(row)
-                    self.show(bar, row)
-                bar.update(1)
+                    row = {"step": at.step, "tokens": at.tokens, **figures, **clock.speed(at.tokens), **validation}
+                    log.write(row | {"time": round(at.seconds, 3)})
+                log.advance()
                 if at.step % save_every == 0 or self.done():
                     self.save_if_kept()
         return self.finish(row, clock)
@@ -286,31 +286,6 @@ class Trainer:
         """Raises Stopped once a signal came: for an evaluation to call now and then."""
         if self.stop_signal:
             raise Stopped
-
-    def row(self, figures: dict[str, float], rate: float, validation: dict[str, float]) -> dict[str, Any]:
-        """One row of metrics.jsonl."""
-        at = self.progress
-        mfu = rate * self.flops_per_token / self.peak_flops if self.peak_flops else None
-        speed = {"tokens_per_second": round(rate, 1), "mfu": mfu and round(mfu, 4)}
-        return {"step": at.step, "tokens": at.tokens, **figures, **speed, **validation, "time": round(at.seconds, 3)}
-
-    @contextlib.contextmanager
-    def outputs(self) -> Iterator[tuple[Any, Callable[[dict[str, Any]], None]]]:
-        """The progress bar, and where rows of metrics go: on the main rank only."""
-        with progress(self.steps, self.progress.step, "train", show=self.dist.is_main) as bar:
-            if not (self.run and self.dist.is_main):
-                yield bar, lambda row: None
-                return
-            with contextlib.closing(MetricsLog(self.run.metrics, self.progress.step)) as log:
-                yield bar, log.write
-
-    def show(self, bar: Any, row: dict[str, Any]) -> None:
-        """Put a row on the progress bar; a validation gets a line of its own."""
-        loss = "none" if row["loss"] is None else f"{row['loss']:.3f}"
-        bar.set_postfix_str(f"loss {loss}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False)
-        if "val_loss" in row:
-            bpb = f", {row['val_bpb']:.3f} bits per byte" if "val_bpb" in row else ""
-            LOGGER.info("step %d: train loss %s, val loss %.4f%s", row["step"], loss, row["val_loss"], bpb)
 
     def finish(self, row: dict[str, Any], clock: Clock) -> dict[str, Any]:
         """Write and return the summary of the run."""

@@ -4,28 +4,39 @@ import json
 
 import pytest
 
-from minillm.log import Clock, MetricsLog, curve, read_metrics, run_command
+from minillm.log import Clock, RunLog, curve, read_metrics, run_command
 
 
 def rows(n):
     return [{"step": step, "loss": 4 / step} for step in range(1, n + 1)]
 
 
+def report(path, step, *new):
+    with RunLog(path, step, steps=9, show=False) as log:
+        for row in new:
+            log.write(row)
+
+
 def test_rows_come_back_as_written(tmp_path):
-    log = MetricsLog(tmp_path / "m.jsonl")
-    for row in rows(3):
-        log.write(row)
-    log.close()
+    report(tmp_path / "m.jsonl", 0, *rows(3))
     assert read_metrics(tmp_path / "m.jsonl") == rows(3)
 
 
 def test_opening_at_a_step_drops_later_rows_and_a_row_cut_short(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(5)) + '{"step": 6, "lo')
-    log = MetricsLog(path, step=3)
-    log.write({"step": 4, "loss": 9})
-    log.close()
+    report(path, 3, {"step": 4, "loss": 9})
     assert read_metrics(path) == [*rows(3), {"step": 4, "loss": 9}]
+
+
+def test_the_bar_shows_loss_speed_and_time_left(capsys):
+    with RunLog(None, 0, steps=4) as log:
+        log.write({"step": 1, "loss": 2.5, "tokens_per_second": 1234.5})
+        log.advance()
+        log.bar.refresh()
+    shown = capsys.readouterr().err
+    assert "loss 2.500, 1,234 tokens/s" in shown
+    assert "1/4 [00:00<" in shown
 
 
 def test_a_broken_row_is_named(tmp_path):
@@ -54,8 +65,14 @@ def test_the_clock_counts_only_its_blocks():
     with clock.running():
         pass
     assert clock.seconds == clock.last < 0.5
-    assert clock.rate(200) > 0
-    assert clock.rate(200) == 0
+    assert clock.speed(200)["tokens_per_second"] > 0
+    assert clock.speed(200) == {"tokens_per_second": 0.0, "mfu": None}
+
+
+def test_mfu_is_the_share_of_the_peak():
+    clock = Clock(tokens=0, flops_per_token=6.0, peak_flops=120.0)
+    clock.seconds = 2.0
+    assert clock.speed(20) == {"tokens_per_second": 10.0, "mfu": 0.5}
 
 
 def test_a_mistake_is_one_line_and_a_non_zero_exit(capsys):
