@@ -306,4 +306,4 @@ def describe(tokenizer: Tokenizer, text: str = "") -> str:
             "ids used": f"{len(set(ids)):,} of {tokenizer.vocab_size:,}",
             "round trip": "exact" if tokenizer.decode(ids) == text else "NOT EXACT",
         }
-    return "\n".join(f"{name:<15} {fact}" for name, fact in facts.items()) + "\n"
+    return "\n".join(f"{name:<15} {fact}" for name, fact in facts.items())
