@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,12 +22,13 @@ from minillm import checkpoint
 from minillm.config import ConfigError, Layer, arguments, build, file_layer, flatten, help_text, lookup, to_dict
 from minillm.data.batch import Batch
 from minillm.data.config import DataConfig
-from minillm.data.corpus import corpus_bytes, open_corpus, with_path
+from minillm.data.corpus import content_hash, corpus_bytes, open_corpus
 from minillm.data.loader import Loader, eval_batches
 from minillm.data.store import Prepared, TokenStore
 from minillm.distributed.context import Context, best_precision, connect, peak_flops
 from minillm.distributed.parallelize import ParallelConfig, parallelize
 from minillm.eval.perplexity import evaluate, token_byte_lengths
+from minillm.files import read_json
 from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
 from minillm.load import find_checkpoint
@@ -71,6 +73,8 @@ class Config:
             problems.append(
                 f"train.batch_tokens: {batch_tokens} is no multiple of data.seq_len {seq_len}; {nearest} is the nearest"
             )
+        if not self.model.causal:
+            problems.append("model.causal: false lets a token see the one that it is trained to predict; leave it true")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -81,16 +85,21 @@ def main(argv: Sequence[str]) -> int:
         print(help_text(Config, USAGE))
         return 0
     given = read_layers(argv)
-    config = build(Config, given)
+    chosen = fitting(given)
+    config = build(Config, [*chosen, *given])  # every mistake is reported before anything is touched
     with open_run(config.run) as run, connect(config.run.device) as dist:
         start = starting_point(config.run, run)
-        config = complete(given, start, dist)
+        if start or run.started:
+            config = build(Config, [*earlier(start, run, given), *given])
+        else:
+            said = (f"{name} {value}" for name, value in chosen[-1].values.items() if lookup(given, name) is None)
+            LOGGER.info("chosen for the corpus: %s", ", ".join(said))
         tokenizer, prepared = open_corpus(config.data, config.tokenizer)
         trainer, config = make_trainer(config, tokenizer, prepared, run, dist)
         if start:
             trainer.resume(start)
             LOGGER.info("resumed from %s", start)
-        if trainer.done():
+        if trainer.over() and not trainer.progress.unevaluated and run.finished:
             LOGGER.info("%s: the run is finished at step %d; there is nothing to do", run.path, trainer.progress.step)
             return 0
         tokenizer.save(run.path)
@@ -100,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-# --- configuration: what was chosen < what the run had < preset < file < command line ---------------------------------
+# --- configuration: what fits the corpus, or what the run had < preset < file < command line --------------------------
 
 
 def read_layers(argv: Sequence[str]) -> list[Layer]:
@@ -113,49 +122,72 @@ def read_layers(argv: Sequence[str]) -> list[Layer]:
 
 
 def preset_layer(layers: Sequence[Layer]) -> list[Layer]:
-    """The fields of the model preset that the layers name, if they do."""
+    """The fields of the model preset that the layers name, if they do; its vocabulary is the tokenizer's business."""
     name = lookup(layers, "model.preset")
     if name is None or str(name).lower() == "none":
         return []
     if name not in PRESETS:
         raise ConfigError([f"model.preset: {name!r} is not known; there are {', '.join(PRESETS)}"])
-    return [Layer(f"preset {name}", {f"model.{key}": value for key, value in preset_fields(name).items()})]
-
-
-def starting_point(config: RunConfig, run: RunDirectory) -> Path | None:
-    """The checkpoint to continue from; None to start afresh."""
-    if config.resume == "never":
-        return None
-    return checkpoint.latest(run.checkpoints) if config.resume == "auto" else find_checkpoint(Path(config.resume))
-
-
-def complete(given: list[Layer], start: Path | None, dist: Context) -> Config:
-    """The configuration of the run: what the user left open is taken from the run continued, or fits the corpus."""
-    config = build(Config, [*(continued(start) if start else fitting(given)), *given])
-    precision = best_precision(dist.device) if config.train.precision == "auto" else config.train.precision
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
-
-
-def continued(start: Path) -> list[Layer]:
-    """The layer of the run that a checkpoint belongs to."""
-    saved = flatten(checkpoint.read(start)[0]["config"])
-    return [Layer(str(start), {name: value for name, value in saved.items() if not name.startswith("run.")})]
+    fields = preset_fields(name)
+    return [Layer(f"preset {name}", {f"model.{key}": fields[key] for key in fields if key != "vocab_size"})]
 
 
 def fitting(given: list[Layer]) -> list[Layer]:
-    """Layers that suit the text: the quickstart's where no path is given, else what fits the size; and says which."""
-    data = build(Config, given).data
-    if data.path is None:
-        chosen = dict(file_layer(QUICKSTART).values) | {"data.path": with_path(data).path}
+    """Layers that suit the text: the quickstart's where no path is given, else what fits its size."""
+    if lookup(given, "data.path") in (None, "none"):
+        chosen = dict(file_layer(QUICKSTART).values)
     else:
-        chosen = recommend(corpus_bytes(data))
-    if any(lookup(given, limit) is not None for limit in LIMITS):
-        chosen = {name: value for name, value in chosen.items() if name not in LIMITS}
-    chosen["model.max_seq_len"] = lookup(given, "data.seq_len", chosen["data.seq_len"])
-    layer = Layer("chosen for the corpus", chosen)
-    said = ", ".join(f"{name} {value}" for name, value in chosen.items() if lookup(given, name) is None)
-    LOGGER.info("chosen for the corpus: %s", said)
-    return [*preset_layer([layer]), layer]
+        chosen = recommend(size_of_text(given))
+    seq_len = lookup(given, "data.seq_len", chosen["data.seq_len"])
+    if str(seq_len).isdigit() and int(seq_len):
+        rows = max(1, round(chosen["train.batch_tokens"] / int(seq_len)))
+        chosen |= {"model.max_seq_len": int(seq_len), "train.batch_tokens": rows * int(seq_len)}
+    chosen = Layer("chosen for the corpus", without_limits(chosen, given))
+    return [*preset_layer([chosen]), chosen]
+
+
+def size_of_text(given: list[Layer]) -> int:
+    """Bytes of text under data.path; 0 where that is not to be had, which is reported when it is read."""
+    names = ("data.path", "data.cache_dir")
+    try:
+        only = Layer("", {name: lookup(given, name) for name in names if lookup(given, name) is not None})
+        return corpus_bytes(build(Config, [only]).data)
+    except ValueError:
+        return 0
+
+
+def without_limits(values: dict[str, Any], given: list[Layer]) -> dict[str, Any]:
+    """Where the user says when to stop, no other layer does."""
+    said = any(lookup(given, limit) is not None for limit in LIMITS)
+    return {name: value for name, value in values.items() if not (said and name in LIMITS)}
+
+
+def earlier(start: Path | None, run: RunDirectory, given: list[Layer]) -> list[Layer]:
+    """The layer of the run to be continued, or, where it has no checkpoint yet, begun again: all but its place."""
+    saved = flatten(checkpoint.read(start)[0]["config"] if start else read_json(run.config))
+    values = {name: saved[name] for name in saved if name not in ("run.dir", "run.resume", "run.device")}
+    home = start.parents[1] if start else run.path
+    if (home / "tokenizer.json").exists():
+        values |= {"tokenizer.path": str(home), "tokenizer.vocab_size": None}
+    return [Layer(str(start or run.config), without_limits(values, given))]
+
+
+def starting_point(config: RunConfig, run: RunDirectory) -> Path | None:
+    """The checkpoint to continue from; None to start afresh. Raises ValueError where there are some, but none whole."""
+    if config.resume == "never":
+        return None
+    path = run.path if config.resume == "auto" else Path(config.resume)
+    series = path / "checkpoints"
+    found = checkpoint.candidates(series)
+    if not found:
+        return None if config.resume == "auto" else find_checkpoint(path)
+    newest = checkpoint.latest(series)
+    if newest is None:
+        raise ValueError(
+            f"{series}: none of its checkpoints is whole ({', '.join(one.name for one in found)}); "
+            "bring back a copy, or move the directory away to start afresh"
+        )
+    return newest
 
 
 # --- the parts of a run -----------------------------------------------------------------------------------------------
@@ -166,7 +198,13 @@ def make_trainer(
 ) -> tuple[Trainer, Config]:
     """Wire data, model, optimizer and evaluation; returns the trainer and the config with nothing left open."""
     data, train, device = config.data, config.train, dist.device
+    if config.model.vocab_size not in (None, tokenizer.vocab_size):
+        raise ValueError(
+            f"model.vocab_size: {config.model.vocab_size} is not the tokenizer's {tokenizer.vocab_size}; leave it out, "
+            "and pad with model.vocab_multiple"
+        )
     model_config = config.model.to_config(vocab_size=tokenizer.vocab_size)
+    precision = best_precision(device) if train.precision == "auto" else train.precision
     samples_per_step = train.batch_tokens // data.seq_len
     rows = train.micro_batch_size or micro_batch_size(data.seq_len, samples_per_step, device)
     loader = Loader(
@@ -182,6 +220,7 @@ def make_trainer(
     train = dataclasses.replace(
         train,
         max_steps=steps,
+        precision=precision,
         micro_batch_size=rows,
         eval_every=train.eval_every or math.ceil(steps / 10),
         save_every=train.save_every or math.ceil(steps / 5),
@@ -191,7 +230,7 @@ def make_trainer(
         warmup_steps=min(100, steps // 10) if config.optim.warmup_steps is None else config.optim.warmup_steps,
     )
     log = dataclasses.replace(config.log, every=config.log.every or max(1, steps // ROWS_OF_METRICS))
-    section = ModelSection(**dataclasses.asdict(model_config), preset=config.model.preset, path=config.model.path)
+    section = ModelSection(**dataclasses.asdict(model_config), preset=config.model.preset)
     config = dataclasses.replace(config, model=section, train=train, optim=optim, log=log)
 
     with torch.device("meta"):
@@ -226,7 +265,14 @@ def make_trainer(
         log_every=log.every,
         flops_per_token=flops_per_token(model_config, data.seq_len),
         peak_flops=peak_flops(device, DTYPES[train.precision]),
-        identity={"tokenizer_hash": tokenizer.hash, "data_fingerprint": prepared.info["fingerprint"]},
+        identity={
+            "tokenizer_hash": tokenizer.hash,
+            "data_hash": content_hash(prepared),
+            "data.seq_len": data.seq_len,
+            "data.packing": data.packing,
+            "run.seed": config.run.seed,
+            **{f"model.{name}": value for name, value in dataclasses.asdict(model_config).items()},
+        },
         config_dict=to_dict(config),
     )
     return trainer, config
@@ -272,6 +318,7 @@ def report(
     prompts = beginnings(prepared.val or prepared.train, max(1, config.log.samples))
     for prompt in prompts[: config.log.samples]:
         print(f"\n  {tokenizer.decode(prompt)} ▸ ", end="", flush=True)
+        prompt = prompt[: model.config.max_seq_len // 2]
         new_tokens = min(160, model.config.max_seq_len - len(prompt))
         params = SamplingParams(max_new_tokens=new_tokens, temperature=0.7, top_p=0.95, seed=config.run.seed)
         for piece in stream(model, tokenizer, prompt, params):

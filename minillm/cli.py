@@ -5,6 +5,7 @@ import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from minillm.config import ConfigError, Layer, arguments, build, file_layer, help_text
@@ -93,6 +94,8 @@ def tokenizer_train(options: TokenizerTrain) -> None:
     data = with_path(options.data)
     texts = (document.text for document in documents(find_files(data.path), data))
     tokenizer = train_tokenizer(texts, options.tokenizer)
+    if Path(options.out).is_dir() and any(Path(options.out).iterdir()):
+        raise ValueError(f"out: {options.out} is not empty; choose another folder")
     tokenizer.save(options.out)
     print(f"{options.out}\n{describe(tokenizer)}")
 
@@ -108,7 +111,7 @@ def tokenizer_info(options: TokenizerInfo) -> None:
 
 def data_prepare(options: DataPrepare) -> None:
     """Tokenise text into shards."""
-    _, prepared = open_corpus(with_path(options.data), options.tokenizer)
+    _, prepared = open_corpus(options.data, options.tokenizer)
     print(f"{prepared.directory}\n{describe_prepared(prepared)}")
 
 
@@ -132,7 +135,7 @@ def data_inspect(options: DataInspect) -> None:
     data, train = section(DataConfig, "data"), section(TrainConfig, "train")
     tokenizer = load_tokenizer(run.path)
     loader = Loader(
-        prepare(data, tokenizer).train,
+        prepare(with_path(data), tokenizer).train,
         seq_len=data.seq_len,
         packing=data.packing,
         micro_batch_size=1,

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from minillm import checkpoint
+from minillm.distributed.parallelize import parameter_names
 from minillm.files import atomic_directory, explained, read_json
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -66,7 +67,7 @@ def save(model: Transformer, tokenizer: Tokenizer | None, directory: str | Path)
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save(folder)
-            checkpoint.write(folder, dict(model.named_parameters()), state)
+            checkpoint.write(folder, parameter_names(model), state)
     return directory
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -52,8 +53,10 @@ class RunLog:
 
     def __init__(self, metrics: str | Path | None, step: int, steps: int, show: bool = True):
         self.path = Path(metrics) if metrics else None
+        self.last: dict[str, Any] = {}  # the newest row
         if self.path:
             kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+            self.last = kept[-1] if kept else {}
             write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         layout = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         options = {"bar_format": layout, "dynamic_ncols": True, "smoothing": 0.05, "disable": not show}
@@ -70,7 +73,12 @@ class RunLog:
         self.bar.update(1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row to the file, whole, and show its loss and speed; a validation gets a line of its own."""
+        """Append a row to the file, whole, and show its loss and speed; a validation gets a line of its own.
+
+        JSON has no number that is not finite, so such a one is written as null.
+        """
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.last = row
         if self.path:
             with explained(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -78,8 +86,8 @@ class RunLog:
             return
         loss = "none" if row["loss"] is None else f"{row['loss']:.3f}"
         self.bar.set_postfix_str(f"loss {loss}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False)
-        if "val_loss" in row:
-            bpb = f", {row['val_bpb']:.3f} bits per byte" if "val_bpb" in row else ""
+        if row.get("val_loss") is not None:
+            bpb = f", {row['val_bpb']:.3f} bits per byte" if row.get("val_bpb") is not None else ""
             LOGGER.info("step %d: train loss %s, val loss %.4f%s", row["step"], loss, row["val_loss"], bpb)
 
 
@@ -162,15 +170,15 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
     show_messages(logging.DEBUG if debug else logging.INFO)
     try:
         return command([word for word in argv if word != "--debug"]) or 0
-    except ValueError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
     except BrokenPipeError:
         # the reader of our output left (`| head`): not an error; and nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (ValueError, OSError, MemoryError) as error:
+        if debug:
+            raise
+        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT

@@ -278,8 +278,8 @@ def orthogonalization_dtype(x: Tensor) -> torch.dtype:
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scale the gradients so that their norm, taken over all of them, is at most max_norm; returns the norm before.
 
-    The result stays on the device: nothing waits for it. A norm that is not finite spreads to all gradients, for the
-    caller to notice in the result.
+    The result stays on the device: nothing waits for it. Where it is not finite the gradients stay as they are, so that
+    the caller can see which of them is to blame.
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
@@ -287,7 +287,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Ten
         norm = norm.full_tensor()
     # clip_grads_with_norm_ multiplies by max_norm / (norm + 1e-6), or 1; where looking is free, spare the factor 1
     if max_norm is not None and not (norm.device.type == "cpu" and norm + 1e-6 <= max_norm):
-        clip_grads_with_norm_(parameters, max_norm, norm)
+        clip_grads_with_norm_(parameters, max_norm, norm.where(norm.isfinite(), 0))
     return norm
 
 

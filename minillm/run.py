@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from minillm.files import explained, locked, write_atomically
+from minillm.files import explained, locked, read_json, write_atomically
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,12 @@ class RunDirectory:
     @property
     def started(self) -> bool:
         """True when a run has begun here."""
-        return self.config.exists() or self.checkpoints.exists()
+        return self.config.exists()
+
+    @property
+    def finished(self) -> bool:
+        """True when the run reached its end and said so."""
+        return self.summary.exists() and bool(read_json(self.summary).get("finished"))
 
     def write_json(self, path: Path, value: dict[str, Any]) -> None:
         """Write one of the JSON files, whole or not at all."""
@@ -58,7 +63,11 @@ def open_run(config: RunConfig) -> Iterator[RunDirectory]:
     with explained(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
     with locked(run.path / "run.lock"):
-        if run.started and config.resume == "never":
+        inside = config.resume == "auto" or run.path.resolve() in [
+            Path(config.resume).resolve(),
+            *Path(config.resume).resolve().parents,
+        ]
+        if run.started and not inside:
             raise ValueError(
                 f"run.dir: {run.path} holds a run already; "
                 "continue it with --run.resume auto, or choose another --run.dir"

@@ -82,6 +82,7 @@ class Progress:
     bad_steps_in_a_row: int = 0
     best_val_loss: float | None = None
     best_step: int | None = None
+    unevaluated: dict[str, Any] | None = None  # the row of a step whose evaluation a signal cut short
 
 
 def total_steps(config: TrainConfig, loader: Loader) -> int:
@@ -114,7 +115,7 @@ class Trainer:
         evaluate: returns {"val_loss": ..., "val_bpb": ...}; it is handed a function to call between batches, which
             raises where the run is to stop. run: where metrics and checkpoints go; None: nowhere.
         flops_per_token, peak_flops: what MFU is made of. identity: what a checkpoint must agree on to be resumed
-            (tokenizer hash, data fingerprint). config_dict: the resolved configuration, kept in each checkpoint.
+            (tokenizer, data, seed, shape). config_dict: the resolved configuration, kept in each checkpoint.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Trainer:
         log_every: int = 1,
         flops_per_token: float = 0.0,
         peak_flops: float = 0.0,
-        identity: dict[str, str] | None = None,
+        identity: dict[str, Any] | None = None,
         config_dict: dict[str, Any] | None = None,
     ):
         self.model, self.optimizer, self.objective, self.loader = model, optimizer, objective, loader
@@ -242,9 +243,11 @@ class Trainer:
         save_every = config.save_every or math.ceil(self.steps / 5)
         clock = Clock(at.tokens, self.flops_per_token, self.peak_flops)
         metrics = self.run.metrics if self.run and self.dist.is_main else None
-        row: dict[str, Any] = {}
+        saved_at = at.step
         with self.signals(), RunLog(metrics, at.step, self.steps, show=self.dist.is_main) as log:
-            while not self.done():
+            if at.unevaluated:
+                self.report(log, at.unevaluated, evaluate=True)
+            while not self.over() and not self.stop_signal:
                 try:
                     with clock.running():
                         figures = self.step()
@@ -252,35 +255,38 @@ class Trainer:
                     self.save_if_kept()
                     raise
                 at.seconds += clock.last
-                ends = at.step == self.steps
-                validation = {}
-                if self.evaluate and (at.step % eval_every == 0 or ends):
-                    validation = self.evaluation()
-                if validation or at.step % self.log_every == 0 or ends:
-                    row = {"step": at.step, "tokens": at.tokens, **figures, **clock.speed(at.tokens), **validation}
-                    log.write(row | {"time": round(at.seconds, 3)})
                 log.advance()
-                if at.step % save_every == 0 or self.done():
+                evaluate = self.evaluate is not None and (at.step % eval_every == 0 or self.over())
+                if evaluate or at.step % self.log_every == 0 or self.over():
+                    row = {"step": at.step, "tokens": at.tokens, **figures, **clock.speed(at.tokens)}
+                    self.report(log, row | {"time": round(at.seconds, 3)}, evaluate)
+                if at.step % save_every == 0:
                     self.save_if_kept()
-        return self.finish(row, clock)
+                    saved_at = at.step
+            if at.step != saved_at or at.unevaluated:
+                self.save_if_kept()
+            return self.finish(log.last, clock)
 
-    def done(self) -> bool:
-        """True at the last step, when the hours are over, or when a signal came."""
-        if self.config.max_hours and self.progress.seconds >= self.config.max_hours * 3600:
-            return True
-        return self.progress.step >= self.steps or self.stop_signal is not None
+    def over(self) -> bool:
+        """True at the last step, and when the hours are over."""
+        hours = self.config.max_hours
+        return self.progress.step >= self.steps or (hours is not None and self.progress.seconds >= hours * 3600)
 
-    def evaluation(self) -> dict[str, float]:
-        """Evaluate now and remember the best; nothing, where a signal came before it was done."""
+    def report(self, log: RunLog, row: dict[str, Any], evaluate: bool) -> None:
+        """Write a row of metrics, evaluated where asked; one whose evaluation a signal cut short waits."""
         at = self.progress
-        try:
-            with self.autocast():
-                figures = self.evaluate(self.raise_if_stopped)
-        except Stopped:
-            return {}
-        if at.best_val_loss is None or figures["val_loss"] < at.best_val_loss:
-            at.best_val_loss, at.best_step = figures["val_loss"], at.step
-        return {key: figures[key] for key in ("val_loss", "val_bpb") if key in figures}
+        at.unevaluated = None
+        if evaluate:
+            try:
+                with self.autocast():
+                    figures = self.evaluate(self.raise_if_stopped)
+            except Stopped:
+                at.unevaluated = row
+                return
+            row = row | {key: figures[key] for key in ("val_loss", "val_bpb") if key in figures}
+            if math.isfinite(row["val_loss"]) and row["val_loss"] < (at.best_val_loss or math.inf):
+                at.best_val_loss, at.best_step = row["val_loss"], at.step
+        log.write(row)
 
     def raise_if_stopped(self) -> None:
         """Raises Stopped once a signal came: for an evaluation to call now and then."""
@@ -291,7 +297,7 @@ class Trainer:
         """Write and return the summary of the run."""
         at = self.progress
         summary = {
-            "finished": self.stop_signal is None,
+            "finished": self.over() and not at.unevaluated,
             "stopped_by": self.stop_signal or ("train.max_steps" if at.step >= self.steps else "train.max_hours"),
             **row,
             **{key: getattr(at, key) for key in ("step", "tokens", "best_val_loss", "best_step", "skipped_steps")},
@@ -345,12 +351,13 @@ class Trainer:
     def resume(self, path: str | Path) -> None:
         """Continue from a checkpoint. Raises ValueError when it is damaged or of another model, tokenizer or data."""
         state, _ = checkpoint.read(path)
-        for key, value in self.identity.items():
-            if state.get(key) != value:
-                raise ValueError(
-                    f"{path}: its {key.replace('_', ' ')} is {state.get(key)}, this run's is {value}; "
-                    "resume with the data and tokenizer that the run began with"
-                )
+        changed = [
+            f"{name} was {state.get(name)}, is {value}"
+            for name, value in self.identity.items()
+            if state.get(name) != value
+        ]
+        if changed:
+            raise ValueError(f"{path}: another run than the one to be continued: {'; '.join(changed)}")
         checkpoint.load_tensors(path, self.tensors())
         self.progress = Progress(**state["progress"])
         if self.scaler.is_enabled():

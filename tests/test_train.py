@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 
 import minillm
 import train
-from minillm import checkpoint
+from minillm import checkpoint, cli
 from minillm.log import read_metrics, run_command
 
 ROOT = Path(__file__).parent.parent
@@ -151,16 +152,114 @@ def test_resuming_with_changed_text_is_refused(workplace, capsys):
     with open("text.txt", "a") as file:
         file.write("\none more line about a cat")
     message = failure(capsys, "--run.resume", "auto", "--train.max_steps", 20)
-    assert "data fingerprint" in message
-    assert "resume with the data and tokenizer that the run began with" in message
+    assert "another run than the one to be continued" in message
+    assert "data_hash was" in message
 
 
 def test_resuming_with_another_shape_is_refused_and_nothing_is_lost(workplace, capsys):
     assert run() == 0
     before = weights("runs/small")
     message = failure(capsys, "--run.resume", "auto", "--train.max_steps", 20, "--model.dim", 64)
-    assert "embed.weight" in message
+    assert "model.dim was 32, is 64" in message
     assert weights("runs/small") == before
+
+
+def test_the_run_directory_alone_continues_a_run_with_all_that_it_was_given(workplace):
+    """Also where the run was killed before its first checkpoint, and has only its config."""
+    words = [
+        "--run.seed",
+        7,
+        "--data.packing",
+        "false",
+        "--optim.schedule",
+        "constant",
+        "--optim.warmup_steps",
+        0,
+        "--run.dir",
+    ]
+    assert run(*words, "runs/one") == run(*words, "runs/two", "--train.max_steps", 6) == 0
+    resume = ["--run.dir", "runs/two", "--run.resume", "auto"]
+    assert run_command(train.main, [*resume, "--train.max_steps", "12"]) == 0
+    assert losses("runs/two") == losses("runs/one")
+    shutil.rmtree("runs/two/checkpoints")
+    assert run_command(train.main, resume) == 0
+    assert losses("runs/two") == losses("runs/one")
+
+
+def test_the_text_may_move_and_the_cache_may_go_between_two_parts_of_a_run(workplace):
+    constant = ["--optim.schedule", "constant", "--optim.warmup_steps", 0]
+    assert run(*constant) == run(*constant, "--run.dir", "runs/whole", "--train.max_steps", 15) == 0
+    shutil.rmtree(".cache")
+    (workplace / "elsewhere").mkdir()
+    (workplace / "text.txt").rename("elsewhere/renamed.txt")
+    words = ["--data.path", "elsewhere/renamed.txt", "--run.resume", "auto", "--train.max_steps", 15]
+    assert run(*constant, *words) == 0
+    assert losses("runs/small") == losses("runs/whole")
+
+
+@pytest.mark.parametrize(
+    ("words", "difference"),
+    [
+        (["--run.seed", 1], "run.seed was 0, is 1"),
+        (["--data.seq_len", 16], "data.seq_len was 32, is 16"),
+        (["--data.packing", "false"], "data.packing was True, is False"),
+        (["--model.rope_theta", 9], "model.rope_theta was 10000.0, is 9.0"),
+    ],
+)
+def test_resuming_as_another_run_is_refused(workplace, capsys, words, difference):
+    assert run() == 0
+    assert difference in failure(capsys, "--run.resume", "auto", "--train.max_steps", 20, *words)
+
+
+def test_resuming_another_run_never_overwrites_this_one(workplace, capsys):
+    assert run() == run("--run.dir", "runs/other") == 0
+    before = weights("runs/small"), losses("runs/small")
+    assert "holds a run already" in failure(capsys, "--run.resume", "runs/other", "--train.max_steps", 20)
+    assert (weights("runs/small"), losses("runs/small")) == before
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(workplace, capsys):
+    assert run() == 0
+    for path in workplace.glob("runs/small/checkpoints/*/state.json"):
+        path.unlink()
+    before = sorted(path.name for path in workplace.glob("runs/small/checkpoints/*"))
+    assert "none of its checkpoints is whole" in failure(capsys, "--run.resume", "auto", "--train.max_steps", 20)
+    assert sorted(path.name for path in workplace.glob("runs/small/checkpoints/*")) == before
+
+
+def test_another_kind_of_end_extends_a_run(workplace):
+    assert run() == 0
+    assert (
+        run_command(train.main, ["--run.dir", "runs/small", "--run.resume", "auto", "--train.max_tokens", "4096"]) == 0
+    )
+    assert losses("runs/small")[-1]["step"] == 16
+
+
+def test_a_summary_that_a_kill_prevented_is_written_when_the_run_is_resumed(workplace):
+    assert run() == 0
+    summary = workplace / "runs/small/summary.json"
+    before = json.loads(summary.read_text())
+    summary.unlink()
+    assert run("--run.resume", "auto") == 0
+    after = json.loads(summary.read_text())
+    assert {key: after[key] for key in ("loss", "val_loss", "step")} == {
+        key: before[key] for key in ("loss", "val_loss", "step")
+    }
+
+
+@pytest.mark.parametrize("seq_len", [100, 2048])
+def test_the_other_choices_follow_a_given_seq_len(seq_len, monkeypatch):
+    given = train.read_layers(["--data.path", "x.txt", "--data.seq_len", str(seq_len)])
+    config = train.build(train.Config, [*train.fitting(given), *given])
+    assert (config.data.seq_len, config.model.max_seq_len) == (seq_len, seq_len)
+    assert config.train.batch_tokens % seq_len == 0
+
+
+def test_a_prepared_folder_is_trained_on(workplace, capsys):
+    prepare = ["data", "prepare", "--data.path", "text.txt", "--data.document", "line", "--tokenizer.kind", "byte"]
+    assert run_command(cli.dispatch, prepare) == 0
+    folder = capsys.readouterr().out.splitlines()[0]
+    assert run("--data.path", folder) == 0
 
 
 @pytest.mark.parametrize(
@@ -175,6 +274,8 @@ def test_resuming_with_another_shape_is_refused_and_nothing_is_lost(workplace, c
         (["--model.preset", "gpt5"], "model.preset: 'gpt5' is not known"),
         (["--run.device", "abacus"], "run.device: 'abacus' cannot be used here"),
         (["--run.resume", "runs/none"], "runs/none"),
+        (["--model.vocab_size", 999], "model.vocab_size: 999 is not the tokenizer's 272"),
+        (["--model.causal", "false"], "model.causal"),
         (["other.toml"], "one config file is expected, not 2"),
     ],
 )

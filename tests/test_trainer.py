@@ -171,9 +171,10 @@ def test_too_many_non_finite_steps_stop_the_run_with_a_report_and_a_checkpoint(t
     assert all(tensor.isfinite().all() for tensor in good.tensors().values())
 
 
-def test_an_infinite_gradient_names_the_parameters(caplog):
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_names_its_parameters(caplog, value):
     trainer = make_trainer()
-    trainer.model[2].weight.register_hook(lambda gradient: gradient * math.inf)
+    trainer.model[2].weight.register_hook(lambda gradient: gradient * value)
     before = weights(trainer)
     trainer.step()
     assert "step 1: the gradient is not finite in 2.weight; skipped" in caplog.text
@@ -205,15 +206,23 @@ def test_a_signal_ends_the_step_saves_and_returns(tmp_path, number):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_signal_ends_a_long_evaluation_too(tmp_path):
+def test_a_signal_ends_a_long_evaluation_which_the_resumed_run_makes_up_for(tmp_path):
     def endless(raise_if_stopped):
         os.kill(os.getpid(), signal.SIGTERM)
         while True:
             raise_if_stopped()
 
-    summary = make_trainer(prepared(tmp_path), evaluate=endless).fit()
-    assert (summary["step"], summary["stopped_by"], "val_loss" in summary) == (4, "SIGTERM", False)
-    assert checkpoint.latest(tmp_path / "checkpoints").name == "step-00000004"
+    def evaluate(raise_if_stopped):
+        return {"val_loss": 1.5, "val_bpb": 1.0}
+
+    make_trainer(prepared(tmp_path / "a"), evaluate=evaluate).fit()
+    summary = make_trainer(prepared(tmp_path / "b"), evaluate=endless).fit()
+    assert (summary["step"], summary["stopped_by"], summary["finished"]) == (4, "SIGTERM", False)
+    again = make_trainer(tmp_path / "b", evaluate=evaluate)
+    again.resume(checkpoint.latest(tmp_path / "b" / "checkpoints"))
+    again.fit()
+    rows = [untimed(read_metrics(tmp_path / name / "metrics.jsonl")) for name in "ab"]
+    assert rows[0] == rows[1]
 
 
 def test_fp16_scales_the_loss_and_survives_an_overflow():
@@ -248,7 +257,7 @@ def test_a_checkpoint_of_other_data_is_refused_before_a_weight_changes(tmp_path)
     make_trainer(prepared(tmp_path), identity={"tokenizer_hash": "aa"}).fit()
     other = make_trainer(tmp_path, identity={"tokenizer_hash": "bb"})
     before = weights(other)
-    with pytest.raises(ValueError, match=r"its tokenizer hash is aa, this run's is bb"):
+    with pytest.raises(ValueError, match=r"tokenizer_hash was aa, is bb"):
         other.resume(checkpoint.latest(tmp_path / "checkpoints"))
     assert_bitwise_equal(before, weights(other))
 

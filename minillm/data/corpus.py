@@ -7,13 +7,13 @@ from pathlib import Path
 
 from minillm.data.config import DataConfig
 from minillm.data.shards import corpus_files, prepare
-from minillm.data.store import Prepared
+from minillm.data.store import Prepared, is_prepared, open_prepared
 from minillm.data.stories import write_stories
 from minillm.data.text import documents, find_files
-from minillm.files import locked
+from minillm.files import atomic_directory, locked
 from minillm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
-STORIES = "stories.jsonl"
+STORIES = "stories-1.jsonl"  # a new number whenever the stories change, so that a cache never holds older ones
 GZIP_RATIO = 3  # text is about this much larger than its .gz
 
 
@@ -21,15 +21,24 @@ def with_path(config: DataConfig) -> DataConfig:
     """The section with a path: without one, that of the embedded corpus, written where it is not there yet."""
     if config.path is not None:
         return config
-    path = Path(config.cache_dir).expanduser() / STORIES
-    with locked(path.with_suffix(".lock"), wait=True):
-        if not path.exists():
-            write_stories(path)
-    return dataclasses.replace(config, path=str(path))
+    folder = Path(config.cache_dir).expanduser() / "stories"
+    with locked(folder.with_name("stories.lock"), wait=True):
+        if not (folder / STORIES).exists():
+            with atomic_directory(folder) as temporary:
+                write_stories(temporary / STORIES)
+    return dataclasses.replace(config, path=str(folder / STORIES))
+
+
+def prepared_folder(config: DataConfig) -> Path | None:
+    """The folder of prepared tokens that data.path names, if it does."""
+    paths = [config.path] if isinstance(config.path, str) else config.path or []
+    return Path(paths[0]) if len(paths) == 1 and is_prepared(paths[0]) else None
 
 
 def corpus_bytes(config: DataConfig) -> int:
     """About how much text there is, from the sizes of the files. Raises ValueError for a path without text."""
+    if folder := prepared_folder(config):
+        return sum(split["n_bytes"] for split in open_prepared(folder).info["splits"].values())
     return sum(f.stat().st_size * (GZIP_RATIO if f.suffix == ".gz" else 1) for f in find_files(config.path))
 
 
@@ -37,6 +46,8 @@ def open_tokenizer(data: DataConfig, config: TokenizerConfig) -> Tokenizer:
     """The tokenizer of the config: loaded from its path, else trained on the corpus once and kept in data.cache_dir."""
     if config.path is not None or config.kind == "byte":
         return train_tokenizer((), config)
+    if folder := prepared_folder(data):
+        return load_tokenizer(folder)
     identity = {
         "config": dataclasses.asdict(config),
         "settings": [data.document, data.text_field],
@@ -46,11 +57,25 @@ def open_tokenizer(data: DataConfig, config: TokenizerConfig) -> Tokenizer:
     folder = Path(data.cache_dir).expanduser() / f"tokenizer-{key}"
     with locked(folder.with_name(f"{folder.name}.lock"), wait=True):
         if not folder.exists():
-            train_tokenizer((document.text for document in documents(find_files(data.path), data)), config).save(folder)
+            texts = (document.text for document in documents(find_files(data.path), data))
+            tokenizer = train_tokenizer(texts, config)
+            with atomic_directory(folder) as temporary:
+                tokenizer.save(temporary)
     return load_tokenizer(folder)
 
 
 def open_corpus(data: DataConfig, config: TokenizerConfig) -> tuple[Tokenizer, Prepared]:
     """The tokenizer, and the tokens of the corpus: made on the first call, opened on later ones."""
+    data = with_path(data)
     tokenizer = open_tokenizer(data, config)
-    return tokenizer, prepare(data, tokenizer)
+    prepared = prepare(data, tokenizer)
+    if not (prepared.directory / "tokenizer.json").exists():
+        tokenizer.save(prepared.directory)  # so that the folder is enough to train on
+    return tokenizer, prepared
+
+
+def content_hash(prepared: Prepared) -> str:
+    """A hash of the training tokens themselves: the same for the same text under another name."""
+    train = prepared.info["splits"]["train"]
+    parts = [*(shard["sha256"] for shard in train["shards"]), train["offsets"]["sha256"]]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
