@@ -19,7 +19,17 @@ from typing import Any
 import torch
 
 from minillm import checkpoint
-from minillm.config import ConfigError, Layer, arguments, build, file_layer, flatten, help_text, lookup, to_dict
+from minillm.config import (
+    ConfigError,
+    Layer,
+    arguments,
+    build,
+    file_layer,
+    help_text,
+    lookup,
+    nearest,
+    to_dict,
+)
 from minillm.data.batch import Batch
 from minillm.data.config import DataConfig
 from minillm.data.corpus import content_hash, corpus_bytes, open_corpus
@@ -28,7 +38,6 @@ from minillm.data.store import Prepared, TokenStore
 from minillm.distributed.context import Context, best_precision, connect, peak_flops
 from minillm.distributed.parallelize import ParallelConfig, parallelize
 from minillm.eval.perplexity import evaluate, token_byte_lengths
-from minillm.files import read_json
 from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
 from minillm.load import find_checkpoint
@@ -85,15 +94,14 @@ def main(argv: Sequence[str]) -> int:
         print(help_text(Config, USAGE))
         return 0
     given = read_layers(argv)
-    chosen = fitting(given)
-    config = build(Config, [*chosen, *given])  # every mistake is reported before anything is touched
+    home = earlier_run(given)
+    below = earlier(home, given) if home else fitting(given)
+    config = build(Config, [*below, *given])  # every mistake is reported before anything is touched
+    if not home:
+        said = (f"{name} {value}" for name, value in below[-1].values.items() if lookup(given, name) is None)
+        LOGGER.info("chosen for the corpus: %s", ", ".join(said))
     with open_run(config.run) as run, connect(config.run.device) as dist:
         start = starting_point(config.run, run)
-        if start or run.started:
-            config = build(Config, [*earlier(start, run, given), *given])
-        else:
-            said = (f"{name} {value}" for name, value in chosen[-1].values.items() if lookup(given, name) is None)
-            LOGGER.info("chosen for the corpus: %s", ", ".join(said))
         tokenizer, prepared = open_corpus(config.data, config.tokenizer)
         trainer, config = make_trainer(config, tokenizer, prepared, run, dist)
         if start:
@@ -127,7 +135,7 @@ def preset_layer(layers: Sequence[Layer]) -> list[Layer]:
     if name is None or str(name).lower() == "none":
         return []
     if name not in PRESETS:
-        raise ConfigError([f"model.preset: {name!r} is not known; there are {', '.join(PRESETS)}"])
+        raise ConfigError([f"model.preset: {name!r} is not known{nearest(str(name), PRESETS)} ({', '.join(PRESETS)})"])
     fields = preset_fields(name)
     return [Layer(f"preset {name}", {f"model.{key}": fields[key] for key in fields if key != "vocab_size"})]
 
@@ -162,14 +170,23 @@ def without_limits(values: dict[str, Any], given: list[Layer]) -> dict[str, Any]
     return {name: value for name, value in values.items() if not (said and name in LIMITS)}
 
 
-def earlier(start: Path | None, run: RunDirectory, given: list[Layer]) -> list[Layer]:
-    """The layer of the run to be continued, or, where it has no checkpoint yet, begun again: all but its place."""
-    saved = flatten(checkpoint.read(start)[0]["config"] if start else read_json(run.config))
+def earlier_run(given: list[Layer]) -> Path | None:
+    """The directory of the run to be continued, or begun again where it has no checkpoint yet; None for a new one."""
+    resume = str(lookup(given, "run.resume", "never"))
+    if resume == "never":
+        return None
+    path = Path(str(lookup(given, "run.dir", RunConfig.dir)) if resume == "auto" else resume)
+    homes = [home for home in (path, path.parent.parent) if (home / "config.json").is_file()]
+    return homes[0] if homes else None
+
+
+def earlier(home: Path, given: list[Layer]) -> list[Layer]:
+    """The layer of a run that is continued: all that it was, but for its place."""
+    saved = file_layer(home / "config.json").values
     values = {name: saved[name] for name in saved if name not in ("run.dir", "run.resume", "run.device")}
-    home = start.parents[1] if start else run.path
-    if (home / "tokenizer.json").exists():
+    if (home / "tokenizer.json").is_file():
         values |= {"tokenizer.path": str(home), "tokenizer.vocab_size": None}
-    return [Layer(str(start or run.config), without_limits(values, given))]
+    return [Layer(str(home / "config.json"), without_limits(values, given))]
 
 
 def starting_point(config: RunConfig, run: RunDirectory) -> Path | None:

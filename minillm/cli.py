@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+from minillm import checkpoint
 from minillm.config import ConfigError, Layer, arguments, build, file_layer, help_text
 from minillm.data.config import DataConfig
-from minillm.data.corpus import open_corpus, with_path
+from minillm.data.corpus import content_hash, open_corpus, with_path
 from minillm.data.inspect import inspect_lines
 from minillm.data.loader import Loader
 from minillm.data.shards import describe as describe_prepared
@@ -21,7 +22,7 @@ from minillm.distributed.context import find_device
 from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
 from minillm.load import load
-from minillm.log import run_command
+from minillm.log import read_metrics, run_command
 from minillm.run import RunConfig, RunDirectory
 from minillm.tokenizer import TokenizerConfig, describe, load_tokenizer, train_tokenizer
 from minillm.trainer import TrainConfig
@@ -133,9 +134,15 @@ def data_inspect(options: DataInspect) -> None:
         return build(section_class, [Layer(str(run.config), values)])
 
     data, train = section(DataConfig, "data"), section(TrainConfig, "train")
+    if not (data.seq_len and train.batch_tokens):
+        raise ValueError(f"{run.config}: data.seq_len and train.batch_tokens are needed to know what a step read")
     tokenizer = load_tokenizer(run.path)
+    prepared = prepare(with_path(data), tokenizer)
+    newest = checkpoint.latest(run.checkpoints)
+    if newest and checkpoint.read(newest)[0].get("data_hash") != content_hash(prepared):
+        raise ValueError(f"{run.path}: the text under {data.path} is no longer that of the run")
     loader = Loader(
-        prepare(with_path(data), tokenizer).train,
+        prepared.train,
         seq_len=data.seq_len,
         packing=data.packing,
         micro_batch_size=1,
@@ -143,13 +150,22 @@ def data_inspect(options: DataInspect) -> None:
         seed=section(RunConfig, "run").seed,
         prefetch=False,
     )
-    lines = inspect_lines(loader, (options.step - 1) * loader.samples_per_step, tokenizer, options.width)
+    lines = inspect_lines(loader, first_sample(run, options.step, loader), tokenizer, options.width)
     samples = 0
     for line in lines:
         samples += line.startswith("sample ")
         if samples > options.rows:
             break
         print(line)
+
+
+def first_sample(run: RunDirectory, step: int, loader: Loader) -> int:
+    """The sample that a step began with, counted on from the last row of metrics before it."""
+    rows = [{"step": 0, "tokens": 0}, *read_metrics(run.metrics)]
+    if step > rows[-1]["step"]:
+        raise ValueError(f"step: {run.path} has made {rows[-1]['step']} steps, so there is no step {step}")
+    row = [row for row in rows if row["step"] < step][-1]
+    return row["tokens"] // loader.seq_len + (step - 1 - row["step"]) * loader.samples_per_step
 
 
 def generate_text(options: Generate) -> None:

@@ -12,6 +12,7 @@ came from; later layers win. Nothing here knows any particular section.
 import dataclasses
 import difflib
 import json
+import math
 import operator
 import re
 import tomllib
@@ -75,8 +76,10 @@ def file_layer(path: str | Path) -> Layer:
     """The layer of a .toml file, or of the config.json that a run saved."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         nested = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        if not isinstance(nested, dict):
+            raise ConfigError([f"{path}: sections with fields are expected, found a {type(nested).__name__}"])
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
     except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -110,6 +113,8 @@ def arguments(config_class: type, argv: Sequence[str]) -> tuple[list[str], Layer
         word = words.pop(0)
         if not word.startswith("--"):
             positional.append(word)
+            if word.startswith("-"):
+                problems.append(f"{word}: an option begins with --")
             continue
         name, equals, value = word[2:].partition("=")
         if equals:
@@ -244,7 +249,7 @@ def convert(value: Any, type_: Any) -> Any:
             raise ValueError
         return int(value)
     number = float(value)
-    if number != number:
+    if not math.isfinite(number):
         raise ValueError
     return number
 

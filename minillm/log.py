@@ -28,13 +28,23 @@ class LogConfig:
     samples: Annotated[int, "texts generated at the end of the run", ">= 0"] = 3
 
 
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Say something where it may be that nobody listens any more (`2>&1 | head`): from then on nothing is said."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 class TqdmHandler(logging.Handler):
     """Prints messages above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message to standard error."""
         prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+        with unheard():
+            tqdm.write(prefix + record.getMessage(), file=sys.stderr)
 
 
 def show_messages(level: int = logging.INFO) -> None:
@@ -66,11 +76,13 @@ class RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        with unheard():
+            self.bar.close()
 
     def advance(self) -> None:
         """Move the bar by a step."""
-        self.bar.update(1)
+        with unheard():
+            self.bar.update(1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to the file, whole, and show its loss and speed; a validation gets a line of its own.

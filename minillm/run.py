@@ -18,7 +18,7 @@ class RunConfig:
     """Where the run lives and what makes it repeatable."""
 
     dir: Annotated[str, "directory of the run"] = "runs/quickstart"
-    seed: Annotated[int, "seed of weights, data order and dropout", ">= 0"] = 0
+    seed: Annotated[int, "seed of weights, data order and dropout", ">= 0, < 4294967296"] = 0
     resume: Annotated[
         str, "never | auto (continue what is there, or start afresh) | PATH of a run or checkpoint to continue from"
     ] = "never"

@@ -113,6 +113,24 @@ def test_inspect_shows_the_documents_that_a_step_trained_on(workplace, run_dir, 
     assert any(lines[numbers[0] - 1].split()[k] in shown for k in range(3))
 
 
+def test_inspect_refuses_a_step_that_was_not_made_and_text_that_changed(workplace, run_dir, capsys):
+    assert "has made 3 steps, so there is no step 4" in failure(capsys, "data", "inspect", run_dir, "--step", 4)
+    with open("rows.jsonl", "a") as file:
+        file.write('{"text": "more"}\n')
+    assert "is no longer that of the run" in failure(capsys, "data", "inspect", run_dir)
+
+
+def test_inspect_follows_a_run_whose_batches_changed(run_dir, capsys):
+    words = ["--run.dir", "run", "--run.resume", "auto", "--train.max_steps", "5", "--train.batch_tokens", "128"]
+    assert run_command(train.main, words) == 0
+    first = {}
+    for step in range(1, 6):
+        capsys.readouterr()
+        assert minillm("data", "inspect", run_dir, "--step", step) == 0
+        first[step] = int(capsys.readouterr().out.split(":")[0].removeprefix("sample "))
+    assert first == {1: 0, 2: 4, 3: 8, 4: 12, 5: 20}
+
+
 def test_generation_continues_the_prompt_and_repeats_under_a_seed(run_dir, capsys):
     words = ["generate", run_dir, "--prompt", "the cat", "--max_new_tokens", 12, "--seed", 3]
     capsys.readouterr()

@@ -128,6 +128,8 @@ def test_combinations_of_sections_are_checked():
     [
         (["--optim.lr"], "--optim.lr: a value is missing"),
         (["--optim.lr", "nan"], "is 'nan'; a number is expected"),
+        (["--optim.lr", "inf"], "is 'inf'; a number is expected"),
+        (["-optim.lr", "1"], "-optim.lr: an option begins with --"),
         (["--optim.lr", "-1"], "is -1.0; it must be > 0"),
         (["--model.dim", "1.5"], "is '1.5'; a whole number is expected"),
         (["--optim.warmup_steps", "true"], "a whole number or none is expected"),
@@ -147,6 +149,19 @@ def test_a_switch_leaves_the_word_after_it_alone():
     positional, layer = arguments(Config, ["--optim.fused", "my.toml", "--optim.lr=1"])
     assert positional == ["my.toml"]
     assert layer.values == {"optim.fused": True, "optim.lr": "1"}
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "bom.toml"
+    path.write_bytes(b"\xef\xbb\xbf[optim]\nlr = 5\n")
+    assert build(Config, [file_layer(path)]).optim.lr == 5
+
+
+def test_a_json_file_of_no_sections_is_refused(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text("[1, 2]")
+    with pytest.raises(ConfigError, match="sections with fields are expected, found a list"):
+        file_layer(path)
 
 
 @pytest.mark.parametrize("text", ["[optim\nlr = 1", "\x00", "lr = = 2"])

@@ -364,6 +364,12 @@ def test_a_run_killed_fifty_times_ends_bitwise_like_one_left_alone(workplace):
     kill_and_resume(workplace, kills=50, seed=2)
 
 
+def test_a_reader_who_leaves_does_not_end_the_training(workplace):
+    command = f"{sys.executable} {ROOT / 'train.py'} small.toml --train.max_steps 60 2>&1 | head -c 200 >/dev/null"
+    subprocess.run(command, shell=True, cwd=workplace, check=True)
+    assert json.loads((workplace / "runs/small/summary.json").read_text())["step"] == 60
+
+
 def test_a_second_run_in_the_same_directory_is_refused(workplace, capsys):
     with start(workplace, "--train.max_steps", 100_000) as process:
         while not losses("runs/small"):

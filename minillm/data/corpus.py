@@ -75,7 +75,7 @@ def open_corpus(data: DataConfig, config: TokenizerConfig) -> tuple[Tokenizer, P
 
 
 def content_hash(prepared: Prepared) -> str:
-    """A hash of the training tokens themselves: the same for the same text under another name."""
-    train = prepared.info["splits"]["train"]
-    parts = [*(shard["sha256"] for shard in train["shards"]), train["offsets"]["sha256"]]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+    """A hash of the tokens themselves and of their split: the same for the same text under another name."""
+    splits = prepared.info["splits"].values()
+    parts = [part["sha256"] for split in splits for part in (*split["shards"], split["offsets"])]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
