@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,13 +28,24 @@ class LogConfig:
     samples: Annotated[int, "texts generated at the end of the run", ">= 0"] = 3
 
 
-@contextmanager
-def unheard() -> Iterator[None]:
-    """Say something where it may be that nobody listens any more (`2>&1 | head`): from then on nothing is said."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+class Terminal:
+    """Standard error for as long as somebody reads it: a `2>&1 | head` that has seen enough ends no training."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        """Write what can still be written."""
+        with suppress(BrokenPipeError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Flush what can still be flushed."""
+        with suppress(BrokenPipeError):
+            sys.stderr.flush()
+
+
+TERMINAL = Terminal()
 
 
 class TqdmHandler(logging.Handler):
@@ -43,8 +54,7 @@ class TqdmHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message to standard error."""
         prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        with unheard():
-            tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+        tqdm.write(prefix + record.getMessage(), file=TERMINAL)
 
 
 def show_messages(level: int = logging.INFO) -> None:
@@ -69,20 +79,24 @@ class RunLog:
             self.last = kept[-1] if kept else {}
             write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         layout = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        options = {"bar_format": layout, "dynamic_ncols": True, "smoothing": 0.05, "disable": not show}
+        options = {
+            "bar_format": layout,
+            "dynamic_ncols": True,
+            "smoothing": 0.05,
+            "disable": not show,
+            "file": TERMINAL,
+        }
         self.bar = tqdm(total=steps, initial=step, desc="train", **options)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        with unheard():
-            self.bar.close()
+        self.bar.close()
 
     def advance(self) -> None:
         """Move the bar by a step."""
-        with unheard():
-            self.bar.update(1)
+        self.bar.update(1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to the file, whole, and show its loss and speed; a validation gets a line of its own.

@@ -14,7 +14,8 @@ from minillm.data.stories.telling import Dice, Story
 
 N_STORIES = 22_000
 VILLAGE = (village.portrait, village.neighbours, village.traveller, village.riddle, village.walk)
-GROUPS = ((0.26, VILLAGE), (0.41, READING_PLOTS), (0.28, counting.PLOTS), (0.05, chinese.PLOTS))
+# The plots of a story, by a draw from 0 to 99: the first group whose number is above it.
+GROUPS = ((26, VILLAGE), (67, READING_PLOTS), (95, counting.PLOTS), (100, chinese.PLOTS))
 
 __all__ = ["Question", "Story", "is_held_out", "questions", "stories", "tell_stories", "write_stories"]
 
@@ -24,11 +25,8 @@ def tell_stories(seed: int = 0, n: int = N_STORIES) -> Iterator[Story]:
     dice = Dice(seed)
     seen = set()
     while len(seen) < n:
-        draw, at = dice.number(0, 99), 0
-        for share, group in GROUPS:
-            at += round(100 * share)
-            if draw < at:
-                break
+        draw = dice.number(0, 99)
+        group = next(plots for above, plots in GROUPS if draw < above)
         story = tell_story(dice, dice.pick(group), joiner="" if group is chinese.PLOTS else " ")
         if story.text not in seen and not is_held_out(story.core):
             seen.add(story.text)

@@ -81,7 +81,7 @@ def portrait(t: Telling) -> None:
 
 
 def visitor(t: Telling) -> None:
-    (a,) = cast(t, "A")
+    cast(t, "A")
     t.let(B=t.dice.pick(("客人", "孩子", "国王", "老人")))
     t.say("{once}{B}来到村里，遇见了{A}。", "{once}{A}带{B}看村子。")
     asked = (

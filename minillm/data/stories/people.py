@@ -214,7 +214,7 @@ def letter(t: Telling) -> None:
 
 
 def culprit(t: Telling) -> None:
-    a, b, c, d = cast(t, "A", "B", "C", "D")
+    a, _, c, d = cast(t, "A", "B", "C", "D")
     food = t.dice.pick(PEOPLE).food
     t.let(food=food)
     t.say(

@@ -20,7 +20,7 @@ from minillm.data.stories.world import (
 
 def tidy(t: Telling) -> None:
     """Things are put in places; later one is wanted."""
-    a, b, c = cast(t, "A", "B", "C")
+    a, b, _ = cast(t, "A", "B", "C")
     things, spots = t.dice.sample(THINGS, 3), t.dice.sample(SPOTS, 3)
     t.say(
         "{once}{A1} and {B} [tidied|cleaned] the [house|attic|kitchen|workshop|cellar].",
