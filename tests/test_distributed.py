@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import minillm
 from minillm.distributed.context import Context, connect, find_device, peak_flops, peak_memory
 from minillm.distributed.parallelize import parallelize, parameter_names
 from minillm.model.config import ModelConfig
@@ -40,6 +41,15 @@ def test_compiled_blocks_give_the_same_gradients(kind):
     torch.testing.assert_close(loss, again)
     for name, gradient in plain.items():
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_a_model_that_recomputes_is_saved_under_its_own_names(tmp_path, kind):
+    model = Transformer(ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, max_seq_len=16))
+    tokens = torch.arange(16)[None]
+    minillm.save(parallelize(model, kind), None, tmp_path / "saved")
+    again, _ = minillm.load(tmp_path / "saved")
+    assert torch.equal(again(tokens), model.eval()(tokens))
 
 
 def test_one_process_is_rank_zero_of_one():
