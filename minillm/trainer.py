@@ -31,7 +31,7 @@ class TrainConfig:
     max_steps: Annotated[int | None, "optimizer steps; none: chosen for the size of the corpus", ">= 1"] = None
     max_tokens: Annotated[int | None, "also stop after this many tokens", ">= 1"] = None
     max_epochs: Annotated[float | None, "also stop after this many passes over the corpus", "> 0"] = None
-    max_hours: Annotated[float | None, "also stop after this many hours", "> 0"] = None
+    max_hours: Annotated[float | None, "also stop after this many hours of training", "> 0"] = None
     batch_tokens: Annotated[int | None, "tokens a step over all ranks; none: chosen", ">= 1"] = None
     micro_batch_size: Annotated[int | None, "sequences a forward; none: as many as fit well", ">= 1"] = None
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 where the device is fast at it"] = "auto"
