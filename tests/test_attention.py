@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from minillm.model import attention
-from minillm.model.attention import Mask, attend, attend_reference, make_mask, number_documents, restart_positions
+from minillm.model.attention import (
+    Mask,
+    attend,
+    attend_in_slices,
+    attend_reference,
+    make_mask,
+    number_documents,
+    restart_positions,
+)
 from minillm.model.config import ModelConfig
 
 CONFIG = ModelConfig(vocab_size=10, dim=32, n_heads=4, n_kv_heads=2)
@@ -63,12 +71,29 @@ def test_packed_documents_equal_the_reference(heads, causal, path, mean_length, 
     check_path(mask, random_qkv(3, 50, 50, *heads))
 
 
+def test_long_packed_documents_equal_the_reference(monkeypatch):
+    monkeypatch.setattr(attention, "COST_OF_A_DOCUMENT", 0)
+    doc_ids = torch.tensor([[0] * 300 + [1] * 100, [0] * 10 + [1] * 390])
+    mask = make_mask(CONFIG, torch.zeros(2, 400), doc_ids=doc_ids)
+    assert mask.path == "documents"
+    check_path(mask, random_qkv(2, 400, 400, 4, 2))
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_behind_a_cache_equals_the_reference(documents):
     doc_ids = random_documents(2, 20, 8) if documents else None
     mask = make_mask(CONFIG, torch.zeros(2, 5), offset=15, doc_ids=doc_ids)
     assert mask.path == "dense"
     check_path(mask, random_qkv(2, 5, 20, 4, 2))
+
+
+@pytest.mark.parametrize("T", [257, 512, 1023])
+def test_in_slices_equals_the_reference(T, monkeypatch):
+    mask = make_mask(CONFIG, torch.zeros(1, T))
+    sliced = []
+    monkeypatch.setattr(attention, "attend_in_slices", lambda *args: sliced.append(True) or attend_in_slices(*args))
+    check_path(mask, random_qkv(1, T, T, 4, 2))
+    assert sliced
 
 
 def test_one_document_a_row_needs_no_mask():

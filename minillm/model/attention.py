@@ -28,6 +28,11 @@ class Cache(Protocol):
 # entry in one big call. Measured on x86 with one and two threads: 0.15 ms against 0.25 ns.
 COST_OF_A_DOCUMENT = 700_000
 
+# Torch's CPU kernel takes 512 keys at once, also those that come after the query. Four slices of queries look at 5/8 of
+# the square instead: 20 to 25% less time, forward and backward, at T = 512, and 10% at 1024. Beyond, the kernel leaves
+# out enough by itself; below, there is too little to leave out.
+SLICED_ABOVE, SLICED_UP_TO = 256, 1024
+
 
 class Mask:
     """Who sees whom, the same in every block: made once a forward by `make_mask`.
@@ -118,6 +123,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) ->
         return attend_reference(q, k, v, mask, dropout)
     if mask.path == "documents":
         return attend_documents(q, k, v, mask, dropout)
+    if mask.path == "causal" and q.is_cpu and SLICED_ABOVE < q.shape[2] <= SLICED_UP_TO:
+        return attend_in_slices(q, k, v, dropout)
     grouped = q.shape[1] != k.shape[1]
     if grouped and not q.is_cpu and (mask.dense is not None or q.dtype == torch.float32):
         # on a GPU only the flash kernel knows groups, and it takes neither a mask nor fp32
@@ -142,6 +149,26 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float
     return F.dropout(weights, dropout) @ v  # (B, H, T, d)
 
 
+def attend_in_slices(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Causal attention of a quarter of the queries at a time, each quarter over the keys up to its own end."""
+    T = q.shape[2]
+    size = -(-T // 4)
+    slices = []
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        seen = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).tril(diagonal=start)
+        y = F.scaled_dot_product_attention(
+            q[:, :, start:stop],
+            k[:, :, :stop],
+            v[:, :, :stop],
+            attn_mask=seen,
+            dropout_p=dropout,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        slices.append(y.transpose(1, 2))  # (B, t, H, d), as it lies in memory
+    return torch.cat(slices, dim=1).transpose(1, 2)  # (B, H, T, d)
+
+
 # The lengths differ in every batch: compiled, it would be compiled anew for each. (The public torch.compiler.disable
 # does the same, but imports the compiler at once, which takes seconds.)
 @torch._disable_dynamo
@@ -153,13 +180,10 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float
         rows = x.transpose(1, 2).reshape(B * T, -1, d)  # (B*T, H, d): the documents of all rows in one line
         return rows.split(mask.lengths)  # one node for autograd, where slices would be a full-size gradient each
 
+    alone = Mask(mask.causal)
+    alone.path = "causal" if mask.causal else "full"
     pieces = [
-        F.scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in document),  # (1, H, t, d)
-            dropout_p=dropout,
-            is_causal=mask.causal,
-            enable_gqa=k.shape[1] != H,
-        )[0].transpose(0, 1)  # (t, H, d)
+        attend(*(x.transpose(0, 1)[None] for x in document), alone, dropout)[0].transpose(0, 1)  # (t, H, d)
         for document in zip(by_document(q), by_document(k), by_document(v))
     ]
     return torch.cat(pieces).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
