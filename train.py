@@ -14,22 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from minillm import checkpoint
-from minillm.config import (
-    ConfigError,
-    Layer,
-    arguments,
-    build,
-    file_layer,
-    help_text,
-    lookup,
-    nearest,
-    to_dict,
-)
+from minillm.config import Layer, build, file_layer, help_text, lookup, to_dict
 from minillm.data.batch import Batch
 from minillm.data.config import DataConfig
 from minillm.data.corpus import content_hash, corpus_bytes, open_corpus
@@ -40,22 +28,20 @@ from minillm.distributed.parallelize import ParallelConfig, parallelize
 from minillm.eval.perplexity import evaluate, token_byte_lengths
 from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
-from minillm.load import find_checkpoint
 from minillm.log import LOGGER, LogConfig, curve, read_metrics, run_command
 from minillm.model.config import ModelSection
 from minillm.model.init import init_weights
-from minillm.model.presets import PRESETS, preset_fields
 from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
 from minillm.optim import OptimConfig, build_optimizer, lr_at
 from minillm.plan import count_parameters, flops_per_token, micro_batch_size, recommend
+from minillm.recipe import earlier, earlier_run, preset_layer, read_layers, starting_point, without_limits
 from minillm.run import RunConfig, RunDirectory, open_run
 from minillm.tokenizer import Tokenizer, TokenizerConfig
 from minillm.trainer import DTYPES, TrainConfig, Trainer, total_steps
 
 USAGE = f"usage: python train.py [CONFIG.toml] [--section.field VALUE ...]\n\n{__doc__}"
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.toml"
-LIMITS = ("train.max_steps", "train.max_tokens", "train.max_epochs")
 ROWS_OF_METRICS = 200
 
 
@@ -93,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(help_text(Config, USAGE))
         return 0
-    given = read_layers(argv)
+    given = read_layers(Config, argv)
     home = earlier_run(given)
     below = earlier(home, given) if home else fitting(given)
     config = build(Config, [*below, *given])  # every mistake is reported before anything is touched
@@ -117,27 +103,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-# --- configuration: what fits the corpus, or what the run had < preset < file < command line --------------------------
-
-
-def read_layers(argv: Sequence[str]) -> list[Layer]:
-    """The layers that the user gave: the preset they named, the file, the command line."""
-    files, line = arguments(Config, argv)
-    if len(files) > 1:
-        raise ConfigError([f"one config file is expected, not {len(files)}: {', '.join(files)}"])
-    given = [*map(file_layer, files), line]
-    return [*preset_layer(given), *given]
-
-
-def preset_layer(layers: Sequence[Layer]) -> list[Layer]:
-    """The fields of the model preset that the layers name, if they do; its vocabulary is the tokenizer's business."""
-    name = lookup(layers, "model.preset")
-    if name is None or str(name).lower() == "none":
-        return []
-    if name not in PRESETS:
-        raise ConfigError([f"model.preset: {name!r} is not known{nearest(str(name), PRESETS)} ({', '.join(PRESETS)})"])
-    fields = preset_fields(name)
-    return [Layer(f"preset {name}", {f"model.{key}": fields[key] for key in fields if key != "vocab_size"})]
+# --- a configuration that fits the corpus -----------------------------------------------------------------------------
 
 
 def fitting(given: list[Layer]) -> list[Layer]:
@@ -162,49 +128,6 @@ def size_of_text(given: list[Layer]) -> int:
         return corpus_bytes(build(Config, [only]).data)
     except ValueError:
         return 0
-
-
-def without_limits(values: dict[str, Any], given: list[Layer]) -> dict[str, Any]:
-    """Where the user says when to stop, no other layer does."""
-    said = any(lookup(given, limit) is not None for limit in LIMITS)
-    return {name: value for name, value in values.items() if not (said and name in LIMITS)}
-
-
-def earlier_run(given: list[Layer]) -> Path | None:
-    """The directory of the run to be continued, or begun again where it has no checkpoint yet; None for a new one."""
-    resume = str(lookup(given, "run.resume", "never"))
-    if resume == "never":
-        return None
-    path = Path(str(lookup(given, "run.dir", RunConfig.dir)) if resume == "auto" else resume)
-    homes = [home for home in (path, path.parent.parent) if (home / "config.json").is_file()]
-    return homes[0] if homes else None
-
-
-def earlier(home: Path, given: list[Layer]) -> list[Layer]:
-    """The layer of a run that is continued: all that it was, but for its place."""
-    saved = file_layer(home / "config.json").values
-    values = {name: saved[name] for name in saved if name not in ("run.dir", "run.resume", "run.device")}
-    if (home / "tokenizer.json").is_file():
-        values |= {"tokenizer.path": str(home), "tokenizer.vocab_size": None}
-    return [Layer(str(home / "config.json"), without_limits(values, given))]
-
-
-def starting_point(config: RunConfig, run: RunDirectory) -> Path | None:
-    """The checkpoint to continue from; None to start afresh. Raises ValueError where there are some, but none whole."""
-    if config.resume == "never":
-        return None
-    path = run.path if config.resume == "auto" else Path(config.resume)
-    series = path / "checkpoints"
-    found = checkpoint.candidates(series)
-    if not found:
-        return None if config.resume == "auto" else find_checkpoint(path)
-    newest = checkpoint.latest(series)
-    if newest is None:
-        raise ValueError(
-            f"{series}: none of its checkpoints is whole ({', '.join(one.name for one in found)}); "
-            "bring back a copy, or move the directory away to start afresh"
-        )
-    return newest
 
 
 # --- the parts of a run -----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ LAYERS = [
     ["data", "distributed", "lora"],
     ["objectives", "checkpoint", "hf", "generate", "plan"],
     ["load", "eval"],
-    ["trainer"],
+    ["recipe", "trainer"],
     ["cli"],
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from minillm.data.stories import is_held_out, questions, tell_stories, write_stories
+from minillm.data.stories import questions, stories, write_stories
 from minillm.data.stories.questions import FAMILIES
 from minillm.data.stories.world import facts
 
@@ -37,7 +37,7 @@ def test_the_bytes_are_the_same_on_every_machine(corpus):
 
 
 def test_another_seed_tells_other_stories():
-    first, second = (next(iter(tell_stories(seed, 1))).text for seed in (0, 1))
+    first, second = (next(stories(seed, 1)) for seed in (0, 1))
     assert first != second
 
 
@@ -70,8 +70,8 @@ def test_a_family_has_many_answers_and_no_majority_to_guess(asked, family):
 def test_held_out_questions_and_their_stories_are_never_trained_on(texts, asked):
     train = {(question.context, question.question) for question in asked["train"]}
     assert not train & {(question.context, question.question) for question in asked["heldout"]}
-    stories = set(texts)
-    assert not [q for q in asked["heldout"] if q.context and q.context in stories]
+    corpus = "\n".join(texts)
+    assert not [q for q in asked["heldout"] if (q.context or q.question) in corpus]
 
 
 def test_a_question_asked_twice_has_the_same_answer(asked):
@@ -81,12 +81,8 @@ def test_a_question_asked_twice_has_the_same_answer(asked):
 
 
 def test_the_answer_to_a_reading_question_stands_in_the_story(asked):
-    missing = [q for q in asked["heldout"] if q.family == "reading" and q.answer.split()[-1] not in q.context]
+    missing = [q for q in asked["heldout"] if q.family == "reading" and q.answer.split()[-1].lower() not in q.context.lower()]
     assert not missing
-
-
-def test_no_story_of_the_corpus_is_held_out():
-    assert not [story for story in tell_stories(0, 500) if is_held_out(story.core)]
 
 
 def test_questions_repeat_under_a_seed():

@@ -249,7 +249,7 @@ def test_a_summary_that_a_kill_prevented_is_written_when_the_run_is_resumed(work
 
 @pytest.mark.parametrize("seq_len", [100, 2048])
 def test_the_other_choices_follow_a_given_seq_len(seq_len, monkeypatch):
-    given = train.read_layers(["--data.path", "x.txt", "--data.seq_len", str(seq_len)])
+    given = read_layers(train.Config, ["--data.path", "x.txt", "--data.seq_len", str(seq_len)])
     config = train.build(train.Config, [*train.fitting(given), *given])
     assert (config.data.seq_len, config.model.max_seq_len) == (seq_len, seq_len)
     assert config.train.batch_tokens % seq_len == 0

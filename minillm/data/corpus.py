@@ -13,7 +13,7 @@ from minillm.data.text import documents, find_files
 from minillm.files import atomic_directory, locked
 from minillm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
-STORIES = "stories-1.jsonl"  # a new number whenever the stories change, so that a cache never holds older ones
+STORIES = "stories-2.jsonl"  # a new number whenever the stories change, so that a cache never holds older ones
 GZIP_RATIO = 3  # text is about this much larger than its .gz
 
 

@@ -9,33 +9,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minillm.data.stories import chinese, counting, village
-from minillm.data.stories.questions import READING_PLOTS, Question, is_held_out, questions, tell_story
-from minillm.data.stories.telling import Dice, Story
+from minillm.data.stories.questions import READING_PLOTS, Question, is_held_out, questions, retell, tell_story
+from minillm.data.stories.telling import Dice
 
 N_STORIES = 22_000
 VILLAGE = (village.portrait, village.neighbours, village.traveller, village.riddle, village.walk)
 # The plots of a story, by a draw from 0 to 99: the first group whose number is above it.
 GROUPS = ((26, VILLAGE), (67, READING_PLOTS), (95, counting.PLOTS), (100, chinese.PLOTS))
 
-__all__ = ["Question", "Story", "is_held_out", "questions", "stories", "tell_stories", "write_stories"]
+__all__ = ["Question", "is_held_out", "questions", "stories", "write_stories"]
 
 
-def tell_stories(seed: int = 0, n: int = N_STORIES) -> Iterator[Story]:
-    """n different stories with their plots and events, none of them held out."""
+def stories(seed: int = 0, n: int = N_STORIES) -> Iterator[str]:
+    """n different stories, none of them held out."""
     dice = Dice(seed)
     seen = set()
     while len(seen) < n:
         draw = dice.number(0, 99)
         group = next(plots for above, plots in GROUPS if draw < above)
         story = tell_story(dice, dice.pick(group), joiner="" if group is chinese.PLOTS else " ")
-        if story.text not in seen and not is_held_out(story.core):
+        if story.text not in seen and not is_held_out(story.text):
             seen.add(story.text)
-            yield story
-
-
-def stories(seed: int = 0, n: int = N_STORIES) -> Iterator[str]:
-    """The texts of n different stories."""
-    return (story.text for story in tell_stories(seed, n))
+            yield retell(dice, story)
 
 
 def write_stories(path: str | Path, seed: int = 0, n: int = N_STORIES) -> None:

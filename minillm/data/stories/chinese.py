@@ -107,7 +107,7 @@ def tidy(t: Telling) -> None:
     about(t, c, 1)
     _, (who, thing, spot) = t.dice.pick(t.events)
     t.let(P=who, thing=thing, spot=spot)
-    t.say("后来{C}问：“{thing}在哪里？”{P}说：“在{spot}。”", "{C}想要{thing}，在{spot}找到了。", answer=True)
+    t.say("后来{C}问：“{thing}在哪里？”{P}说：“在{spot}。”", "{C}想要{thing}，在{spot}找到了。")
 
 
 def late(t: Telling) -> None:
@@ -117,7 +117,7 @@ def late(t: Telling) -> None:
     t.say("{once}{A}要去{place}边见{B}。", "{A}和{B}说好在{place}边见面。")
     t.say("可是{weather}，{state}，{A}来晚了。", "因为{weather}，{state}，所以{A}来晚了。")
     about(t, t.dice.pick((a, b)), 1)
-    t.say("“你怎么来晚了？”{B}问。“因为{state}。”{A}说。", answer=True)
+    t.say("“你怎么来晚了？”{B}问。“因为{state}。”{A}说。")
     t.say("{B}没有生气，他们一起吃了{B.food}。", "{B}笑了，他们一起[走了|回家了]。")
 
 
@@ -131,7 +131,7 @@ def counting(t: Telling) -> None:
         t.say("{B}又给了{A.he}{k}个。", "后来{A.he}又找到{k}个。")
     else:
         t.say("{A.he}给了{B}{k}个。", "{B}吃了{k}个。")
-    t.say("现在{A}有{m}个{fruit}。", "{A}数了数，一共{m}个。", answer=True)
+    t.say("现在{A}有{m}个{fruit}。", "{A}数了数，一共{m}个。")
     about(t, t.dice.pick((a, b)), 1)
 
 

@@ -1,7 +1,6 @@
 """Plots in which something is counted. Every count adds up, and every total is equally common.
 
-A telling draws the total first, then a change that leads to it. In a story the total is said; a question's context
-leaves the last one out.
+A telling draws the total first, then a change that leads to it. The total is not said: that is the question.
 """
 
 from functools import partial
@@ -12,7 +11,7 @@ from minillm.data.stories.village import aside, cast
 from minillm.data.stories.world import BREAKABLE, COUNTED, PAINTED, PLACES, SELLER
 
 MOST = len(NUMBERS) - 1
-LARGEST_CHANGE = 5
+LARGEST_CHANGE = 2
 
 
 class Scene(NamedTuple):
@@ -108,19 +107,18 @@ def scene(t: Telling, name: str) -> None:
     middle, change = step_to(t.dice, total)
     steps = [(change, total)]
     start = middle
-    if t.dice.chance(0.5):
+    if t.dice.chance(0.2):
         start, change = step_to(t.dice, middle)
         steps.insert(0, (change, middle))
     t.let(n=count(start, noun), were="was" if start == 1 else "were", place=here.place)
     t.say(*here.starts)
-    t.event("start", noun, start)
     for i, (change, after) in enumerate(steps):
         k = abs(change)
         t.let(k=NUMBERS[k], kwere="was" if k == 1 else "were")
         t.say(*(here.mores if change > 0 else here.lesses))
-        t.event("change", noun, change)
-        t.let(n=count(after, noun), were="was" if after == 1 else "were")
-        t.say(*here.totals, answer=i + 1 == len(steps))
+        if i + 1 < len(steps):
+            t.let(n=count(after, noun), were="was" if after == 1 else "were")
+            t.say(*here.totals)
     if here.place:
         t.event("are", plural(noun), here.place, NUMBERS[total])
     else:
@@ -134,21 +132,13 @@ def together(t: Telling) -> None:
     total = t.dice.number(2, MOST)
     less = t.dice.number(1, min(LARGEST_CHANGE, total - 1))
     pair = [less, total - less] if t.dice.chance(0.5) else [total - less, less]
-    t.let(n=count(pair[0], noun), m=count(pair[1], noun), total=count(total, noun), k=NUMBERS[pair[1]])
+    t.let(n=count(pair[0], noun), m=count(pair[1], noun), k=NUMBERS[pair[1]])
     t.say(
         "{once}{A1} had {n}, and {B} had {k}.",
         "{A} found {n}, and {B} found {k}.",
         "{once}{A} brought {n}. {B} brought {m}.",
     )
-    t.event("start", noun, pair[0])
-    t.event("change", noun, pair[1])
     aside(t, t.dice.pick((a, b)))
-    t.say(
-        "together they had {total}.",
-        "they put them all in one basket and counted: {total}.",
-        "that made {total} in all.",
-        answer=True,
-    )
     t.event("both", plural(noun), a, b, NUMBERS[total])
 
 
@@ -157,7 +147,7 @@ def ages(t: Telling) -> None:
     total = t.dice.number(1, MOST)
     other, change = step_to(t.dice, total)
     thing = t.dice.pick(PAINTED)
-    t.let(thing=thing, n=count(other, "year"), k=count(abs(change), "year"), total=count(total, "year"))
+    t.let(thing=thing, n=count(other, "year"), k=count(abs(change), "year"))
     t.let(older="older" if change > 0 else "younger")
     t.say(
         "{once}{A1} and {B} talked about old times.",
@@ -166,10 +156,7 @@ def ages(t: Telling) -> None:
     )
     aside(t, t.dice.pick((a, b)))
     t.say("{A}'s {thing} was {n} old.", "the {thing} of {A} was {n} old.")
-    t.event("start", "year", other)
     t.say("{B}'s {thing} was {k} {older}.", "the {thing} of {B} was {k} {older} than that.")
-    t.event("change", "year", change)
-    t.say("so {B}'s {thing} was {total} old.", "{B}'s {thing}, then, was {total} old.", answer=True)
     t.event("old", thing, b, NUMBERS[total])
 
 
@@ -178,15 +165,30 @@ def journey(t: Telling) -> None:
     total = t.dice.number(2, MOST)
     more = t.dice.number(1, min(LARGEST_CHANGE, total - 1))
     p1, p2, p3 = t.dice.sample(PLACES, 3)
-    t.let(p1=p1, p2=p2, p3=p3, n=count(total - more, "mile"), k=NUMBERS[more], total=count(total, "mile"))
+    t.let(p1=p1, p2=p2, p3=p3, n=count(total - more, "mile"), k=NUMBERS[more])
     t.say("{once}{A1} went to see the {p3}.", "{A} had to bring a letter to the {p3}.", "{A} went far that day.")
     t.say("{A.he} walked {n} from the {p1} to the {p2}.", "from the {p1} to the {p2} it was {n}.")
-    t.event("start", "mile", total - more)
     t.say("then {A.he} walked {k} more to the {p3}.", "then it was {k} more to the {p3}.")
-    t.event("change", "mile", more)
     aside(t, t.dice.pick((a, b)))
-    t.say("that made {total} in all.", "so {A} had walked {total}.", answer=True)
     t.event("walked", a, NUMBERS[total])
 
 
-PLOTS = (*(partial(scene, name=name) for name in SCENES), together, ages, journey)
+def aloud(t: Telling) -> None:
+    """Counting one by one, up or down: whoever reads it learns the order of the numbers."""
+    a, _ = cast(t, "A", "B")
+    noun = t.dice.pick(COUNTED)
+    total, others = t.dice.number(1, MOST), t.dice.number(1, 5)
+    up = t.dice.chance(0.5)
+    first = max(1, total - others) if up else min(MOST, total + others)
+    order = range(first, total + 1) if up else range(first, total - 1, -1)
+    t.let(nouns=plural(noun), said=", ".join(NUMBERS[i] for i in order))
+    t.say("{once}{A1} had a [bag|basket|box] of {nouns}.", "{A} [found|brought] some {nouns}.")
+    t.say(
+        *("{A} counted them: {said}.", '"how many?" asked {B}. {A} counted: {said}.')
+        if up
+        else ("{A} [sold them|gave them away] one by one: {said}.", "{B} [took them|carried them off]: {said}.")
+    )
+    t.event("has", plural(noun), a, NUMBERS[total])
+
+
+PLOTS = (*(partial(scene, name=name) for name in SCENES), together, ages, journey, aloud, aloud)

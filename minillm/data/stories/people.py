@@ -42,31 +42,19 @@ def birthday(t: Telling) -> None:
         "everyone ate {B.food}, for that was what {B} liked best.",
         "{B}'s {B.pet} got a [ribbon|present] too.",
     )
-    t.say('"what did {A} bring?" asked the neighbours. "{C.goods}!" said {B}.', answer=True)
 
 
 def market(t: Telling) -> None:
-    """Three people go shopping."""
-    people = cast(t, "A", "B", "C")
+    a, b, c = cast(t, "A", "B", "C")
     t.say(
-        "{once}{A}, {B} and {C} went shopping.",
+        "{once}{A} and {B} went shopping.",
         "it was market day.",
         "{once}the shops were full.",
     )
-    for person, seller in zip(people, t.dice.sample([p for p in PEOPLE if p not in people], 3)):
-        t.let(P=person, S=seller)
-        t.say("{P} bought {S.goods} from {S}.", "{P} wanted {S.goods} and went to {S}.", "{S} sold {S.goods} to {P}.")
-        t.event("bought", person, seller.goods)
-    aside(t, t.dice.pick(people))
-    _, (who, goods) = t.dice.pick(t.events)
-    t.let(P=who, goods=goods)
-    t.say(
-        '"who bought {goods}?" asked a child. "{P} did."',
-        '"what did {P} buy?" asked a child. "{goods}."',
-        "{P} was [glad|pleased], for the {goods} looked very good.",
-        answer=True,
-    )
-    t.say("[by noon the shops were empty|it had been a good day].", "then they ate some {C.food}.")
+    t.say("{A} bought {C.goods} from {C}.", "{A} wanted {C.goods} and went to {C}.", "{C} sold {C.goods} to {A}.")
+    t.event("bought", a, c.goods)
+    aside(t, t.dice.pick((a, b)))
+    t.say("[by noon the shops were empty|it had been a good day].", "then they ate some {B.food}.")
 
 
 def late(t: Telling) -> None:
@@ -87,11 +75,6 @@ def late(t: Telling) -> None:
     )
     t.event("late", a, state)
     aside(t, t.dice.pick((a, b)))
-    t.say(
-        '"why are you late?" asked {B}. "Because {state}," said {A}.',
-        '"what kept you?" asked {B}. {A} said that {state}.',
-        answer=True,
-    )
     t.say("{B} was not angry, and they [ate {B.food}|shared some {B.food}|walked on together].")
 
 
@@ -117,53 +100,41 @@ def contest(t: Telling) -> None:
     t.event("last", t.slots["L"], what)
     t.say("the prize was {a_thing}.", "{F} was given {a_thing} as a prize.", "{a_thing} was the prize.")
     t.event("prize", t.slots["F"], thing)
-    t.say(
-        '"who won?" asked the children. "{F} won," said {S}.',
-        '"what did {F} get?" asked the children. "{a_thing}," said {L}.',
-        answer=True,
-    )
 
 
 def week(t: Telling) -> None:
     (a,) = cast(t, "A")
-    start = t.dice.number(0, 4)
+    t.let(day=t.dice.pick(DAYS), chore=t.dice.pick(CHORES))
     t.say("it was a busy week for {A}.", "{A} had [a lot|much] to do.", "{A1} was never idle.")
-    for day, chore in zip(DAYS[start : start + 3], t.dice.sample(CHORES, 3)):
-        t.let(day=day, chore=chore)
-        t.say("on {day} {A.he} {chore}.", "{A.he} {chore} on {day}.")
-        t.event("did", a, chore, day)
+    t.say("on {day} {A.he} {chore}.", "{A.he} {chore} on {day}.")
+    t.event("did", a, t.slots["chore"], t.slots["day"])
     if t.dice.chance(0.6):
         about(t, a, 1)
-    _, (_, chore, day) = t.dice.pick(t.events)
-    t.let(day=day, chore=chore)
-    t.say('"what did you do on {day}?" asked a friend. "I {chore}," said {A}.', answer=True)
     t.say("then {A.he} [rested|slept well|ate some {A.food}].", "[a good week|what a week]!")
 
 
 def runaway(t: Telling) -> None:
     a, b, c = cast(t, "A", "B", "C")
-    p1, p2, p3 = t.dice.sample(PLACES, 3)
-    t.let(p1=p1, p2=p2, p3=p3)
+    t.let(place=t.dice.pick(PLACES))
     t.say(
         "{once}{A}'s {A.pet} ran away.",
         "{once}the {A.pet} of {A} was gone.",
         "{A} cried, because {A.his} {A.pet} had run away.",
     )
     t.event("ran", a, a.pet)
-    t.say("{B} looked by the {p1} and by the {p2}.", "{A} and {B} looked by the {p1}, then by the {p2}.")
+    t.say("{B} looked [everywhere|in the fields|behind every tree].", "{A} and {B} called [it|and called].")
     aside(t, t.dice.pick((a, b)))
     t.say(
-        "but it was {C} who found the {A.pet} by the {p3}.",
-        "[at last|in the end] {C} found it by the {p3}.",
-        "then {C} saw the {A.pet} by the {p3} and brought it home.",
+        "but it was {C} who found the {A.pet} by the {place}.",
+        "[at last|in the end] {C} found it by the {place}.",
+        "then {C} saw the {A.pet} by the {place} and brought it home.",
     )
-    t.event("spotted", c, a.pet, p3)
+    t.event("spotted", c, a.pet, t.slots["place"])
     t.say(
         "{A} gave {C} some {C.food}.",
         "it was [hungry|tired|cold], but it was well.",
         "the {A.pet} had been [lonely|afraid of the thunder], and that was why it ran.",
     )
-    t.say('"where was it?" asked {B}. "by the {p3}," said {C}.', "it had run to the {p3}.", answer=True)
 
 
 def cooking(t: Telling) -> None:
@@ -184,7 +155,6 @@ def cooking(t: Telling) -> None:
         '"very good," said {B}. "But I still like {B.food} best."',
         "in the end all three ate together.",
     )
-    t.say('"who lent you the {need}?" asked {B}. "{C} did," said {A}.', answer=True)
 
 
 def letter(t: Telling) -> None:
@@ -205,11 +175,6 @@ def letter(t: Telling) -> None:
         "{A} read it twice and smiled.",
         "{A} wondered why. It was a surprise: {B} had made {A.food}.",
         "{A} went, and found {B} there with the {B.pet}.",
-    )
-    t.say(
-        '"when must you go?" asked a friend. "On {day}," said {A}.',
-        "so on {day} {A} took the {thing} and went to the {place}.",
-        answer=True,
     )
 
 
@@ -236,7 +201,6 @@ def culprit(t: Telling) -> None:
     t.event("culprit", c.pet)
     aside(t, d)
     t.say("{C} [was sorry and|said sorry and] gave {A} some {C.goods}.", "everyone laughed, even {A}.")
-    t.say("so the {C.pet} had eaten the {food}.", '"who did it?" asked {D}. "the {C.pet}," said {A}.', answer=True)
 
 
 def news(t: Telling) -> None:
@@ -251,11 +215,6 @@ def news(t: Telling) -> None:
     t.event("told", a, b)
     t.event("told", b, c)
     t.event("was", t.slots["D"], t.slots["what"])
-    t.say(
-        '"who told you?" asked {A}. "{B} did," said {C}.',
-        '"how is the {D}?" asked a neighbour. "It is {what}," said {C}.',
-        answer=True,
-    )
     t.say("soon the whole village knew.", "{C} [shook {C.his} head|went to look].")
 
 

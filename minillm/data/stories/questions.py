@@ -2,25 +2,24 @@
 
 - recall: about what is always true of the village, without any context;
 - reading: about what happened in a story, which is the context;
-- counting: how many there are at the end of a story whose last total is left out.
+- counting: how many there are at the end of a story that does not say it.
 
-`split="heldout"` asks what no training question and no training story gives away: for recall other facts in other
-words, for reading and counting other stories (see `is_held_out`).
+`split="heldout"` asks what no training question and no training story gives away: for recall in other words, for
+reading and counting about other stories (see `is_held_out`).
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
-from minillm.data.stories import counting, people, things
-from minillm.data.stories.telling import Dice, Event, Story, Telling, an, tell
-from minillm.data.stories.world import facts
+from minillm.data.stories import counting, people, recall, things
+from minillm.data.stories.telling import Dice, Event, Story, Telling
+from minillm.data.stories.world import PEOPLE
 
 Split = Literal["train", "heldout"]
 READING_PLOTS = (*things.PLOTS, *people.PLOTS)
 FAMILIES = ("recall", "reading", "counting")
 HELD_OUT_STORIES = 20  # one story in this many is never written into the training corpus
-HELD_OUT_FACTS = 5  # one fact in this many is never asked in a training question
 
 
 class Question(NamedTuple):
@@ -34,121 +33,6 @@ def is_held_out(text: str) -> bool:
     """Whether a story belongs to the held-out part: a property of its text, so it needs no list and no seed."""
     return zlib.crc32(text.encode()) % HELD_OUT_STORIES == 0
 
-
-# Recall: (attribute, which end is asked) -> wordings for training, wordings held out.
-RECALL: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
-    ("home", "value"): (
-        (
-            "Where does {P} live?",
-            "By what does {P} live?",
-            "Where is {P}'s house?",
-            "Where is the home of {P}?",
-            "Where did {P} always live?",
-            "Where does {P}'s house stand?",
-        ),
-        ("Where could I find the house of {P}?", "Where is {P} at home?"),
-    ),
-    ("home", "name"): (
-        (
-            "Who lives by the {v}?",
-            "Whose house stands by the {v}?",
-            "Whose home is by the {v}?",
-            "Who has a house by the {v}?",
-            "By the {v} lives who?",
-        ),
-        ("The house by the {v} belongs to whom?", "Who is at home by the {v}?"),
-    ),
-    ("job", "value"): (
-        (
-            "What is {P}'s trade?",
-            "What is {P}'s job?",
-            "What is the work of {P}?",
-            "As what does {P} work?",
-            "What is the trade of {P}?",
-        ),
-        ("What work does {P} do?", "What is {P} by trade?"),
-    ),
-    ("job", "name"): (
-        (
-            "Who is the {v}?",
-            "What is the {v} called?",
-            "Who works as a {v}?",
-            "Who is the village {v}?",
-            "What is the name of the {v}?",
-        ),
-        ("Which villager is a {v}?", "Who works here as the {v}?"),
-    ),
-    ("goods", "value"): (
-        (
-            "What does {P} sell?",
-            "What is sold by {P}?",
-            "What can you buy from {P}?",
-            "What is in {P}'s shop?",
-            "What do people buy from {P}?",
-        ),
-        ("What do the neighbours buy at {P}'s shop?", "What is the shop of {P} full of?"),
-    ),
-    ("goods", "name"): (
-        (
-            "Who sells {v}?",
-            "From whom can you buy {v}?",
-            "Whose shop is full of {v}?",
-            "From whom do people buy {v}?",
-            "Who has {v} to sell?",
-        ),
-        ("To whom do you go if you need {v}?", "In whose shop do people find {v}?"),
-    ),
-    ("pet", "value"): (
-        (
-            "What pet does {P} have?",
-            "What pet does {P} keep?",
-            "What is {P}'s pet?",
-            "What animal does {P} have?",
-            "Which animal follows {P}?",
-        ),
-        ("Which animal belongs to {P}?", "What kind of pet is {P}'s?"),
-    ),
-    ("pet", "name"): (
-        (
-            "Who has {a_v}?",
-            "Who keeps {a_v}?",
-            "Whose pet is the {v}?",
-            "Whose is the {v}?",
-            "Who has the {v}?",
-        ),
-        ("To whom does the {v} belong?", "Who keeps {a_v} as a pet?"),
-    ),
-    ("food", "value"): (
-        (
-            "What does {P} like to eat?",
-            "What is {P}'s favourite food?",
-            "What food does {P} love?",
-            "What does {P} love to eat?",
-            "What does {P} like best of all?",
-        ),
-        ("What tastes best to {P}?", "Which food does {P} like most?"),
-    ),
-    ("food", "name"): (
-        (
-            "Who likes {v} best?",
-            "Who loves {v}?",
-            "Whose favourite food is {v}?",
-            "Who loves to eat {v}?",
-            "Who eats {v} every day?",
-        ),
-        ("Whose best-loved food is {v}?", "Who wants {v} every day?"),
-    ),
-    ("door", "value"): (
-        (
-            "What colour is {P}'s door?",
-            "What colour is the door of {P}?",
-            "Which colour did {P} paint the door?",
-            "What is the colour of {P}'s door?",
-            "Which door is {P}'s?",
-        ),
-        ("What colour is the door at {P}'s house?", "Which colour does the door of {P} have?"),
-    ),
-}
 
 # Reading: (event, which value is asked) -> wordings; {0}, {1}, ... are the event's values.
 READING: dict[tuple[str, int], tuple[str, ...]] = {
@@ -224,11 +108,41 @@ COUNTING: dict[tuple[str, int], tuple[str, ...]] = {
 BY_THE = {("meeting", 2), ("spotted", 2), ("invited", 1), ("dug", 1)}
 
 
-def tell_story(dice: Dice, plot, joiner: str = " ") -> Story:
+def tell_story(dice: Dice, plot: Callable[[Telling], None], joiner: str = " ") -> Story:
     """One telling of a plot."""
     t = Telling(dice)
     plot(t)
-    return t.story(getattr(plot, "__name__", None) or plot.keywords["name"], joiner)
+    return t.story(joiner)
+
+
+def retell(dice: Dice, story: Story) -> str:
+    """The story, and at its end what people ask about it and are told."""
+    options = possible_questions(story)
+    by_answer = {question.answer: question for question in dice.sample(options, len(options))}  # each but once
+    asked = list(by_answer.values())[: dice.number(1, 4)]
+    return " ".join([story.text, *(f'"{question}" They said: {answer}.' for _, _, question, answer in asked)])
+
+
+def possible_questions(story: Story) -> list[Question]:
+    """Every question whose answer the story's events give and leave no choice in."""
+    found = []
+    for event in story.events:
+        for i, answer in enumerate(event.values):
+            family = "reading" if (event.kind, i) in READING else "counting"
+            for wording in READING.get((event.kind, i)) or COUNTING.get((event.kind, i), ()):
+                if answers(wording, event, i, story.events) == {answer}:
+                    said = f"by the {answer}" if (event.kind, i) in BY_THE else answer
+                    found.append(
+                        Question(family, story.text, wording.format(*event.values), said)
+                    )
+    return found
+
+
+def answers(wording: str, event: Event, asked: int, events: tuple[Event, ...]) -> set:
+    """What the events of that kind answer, given the values that the wording shows."""
+    shown = [j for j in range(len(event.values)) if f"{{{j}}}" in wording]
+    alike = (e for e in events if e.kind == event.kind and all(e.values[j] == event.values[j] for j in shown))
+    return {e.values[asked] for e in alike}
 
 
 def questions(seed: int, n: int, split: Split = "train", family: str | None = None) -> Iterator[Question]:
@@ -243,57 +157,15 @@ def questions(seed: int, n: int, split: Split = "train", family: str | None = No
     dice = Dice(2 * seed + (split == "heldout"))
     for i in range(n):
         chosen = family or FAMILIES[i % len(FAMILIES)]
-        yield recall(dice, split) if chosen == "recall" else about_story(dice, split, chosen)
-
-
-def recall_subjects(split: Split) -> list[tuple[str, str, str, str]]:
-    """(attribute, asked end, name, value) of every fact that may be asked in a split."""
-    return [
-        (attribute, end, name, value)
-        for i, (attribute, name, value) in enumerate(facts())
-        if (i % HELD_OUT_FACTS == 0) == (split == "heldout")
-        for end in ("value", "name")
-        if (attribute, end) in RECALL
-    ]
-
-
-def recall(dice: Dice, split: Split) -> Question:
-    attribute, end, name, value = dice.pick(recall_subjects(split))
-    wording = dice.pick(RECALL[attribute, end][split == "heldout"])
-    question = tell(dice, wording, {"P": name, "v": value, "a_v": an(value)})
-    answer = name if end == "name" else f"by the {value}" if attribute == "home" else value
-    return Question("recall", "", question, answer)
-
-
-def askable(events: tuple[Event, ...]) -> list[tuple[str, Event, int]]:
-    """(family, event, index) for every value that the rest of its event singles out in the story."""
-    found = []
-    for event in events:
-        for i in range(len(event.values)):
-            family = "reading" if (event.kind, i) in READING else "counting" if (event.kind, i) in COUNTING else None
-            if family:
-                found.append((family, event, i))
-    return found
+        if chosen == "recall":
+            yield Question("recall", "", *recall.ask(dice, dice.pick(PEOPLE), split == "heldout"))
+        else:
+            yield about_story(dice, split, chosen)
 
 
 def about_story(dice: Dice, split: Split, family: str) -> Question:
+    """A question about a story of the split; stories are told until one can be asked about."""
     while True:
         story = tell_story(dice, dice.pick(READING_PLOTS if family == "reading" else counting.PLOTS))
-        if is_held_out(story.core) != (split == "heldout"):
-            continue
-        _, event, i = dice.pick([ask for ask in askable(story.events) if ask[0] == family])
-        wordings = [w for w in (READING | COUNTING)[event.kind, i] if exact(w, event, i, story.events)]
-        if not wordings:
-            continue
-        question = tell(dice, dice.pick(wordings).format(*event.values), {})
-        answer = event.values[i]
-        return Question(family, story.core, question, f"by the {answer}" if (event.kind, i) in BY_THE else answer)
-
-
-def exact(wording: str, event: Event, asked: int, events: tuple[Event, ...]) -> bool:
-    """Whether the values that the wording shows leave one answer among the story's events of that kind."""
-    shown = [j for j in range(len(event.values)) if f"{{{j}}}" in wording]
-    answers = {
-        e.values[asked] for e in events if e.kind == event.kind and all(e.values[j] == event.values[j] for j in shown)
-    }
-    return answers == {event.values[asked]}
+        if is_held_out(story.text) == (split == "heldout") and (options := possible_questions(story)):
+            return dice.pick(options)

@@ -14,7 +14,7 @@ T = TypeVar("T")
 SENTENCE_START = re.compile(r'(?:^"?|[.!?] "?)[a-z]')
 NUMBERS = (
     "no one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty twenty-one twenty-two twenty-three twenty-four"
+    "eighteen nineteen twenty"
 ).split()
 
 
@@ -102,9 +102,7 @@ class Event(NamedTuple):
 
 
 class Story(NamedTuple):
-    plot: str
     text: str
-    core: str  # the text without the sentences that state the answer of a counting or recap question
     events: tuple[Event, ...]
 
 
@@ -114,20 +112,18 @@ class Telling:
     def __init__(self, dice: Dice):
         self.dice = dice
         self.slots: dict[str, Any] = {}
-        self.sentences: list[tuple[str, bool]] = []  # (text, whether a question's context leaves it out)
+        self.sentences: list[str] = []
         self.events: list[Event] = []
 
     def let(self, **slots: Any) -> None:
         self.slots.update(slots)
 
-    def say(self, *ways: str, answer: bool = False) -> None:
-        """Say one of the ways; `answer` marks what a question about the story would give away."""
-        self.sentences.append((tell(self.dice, self.dice.pick(ways), self.slots), answer))
+    def say(self, *ways: str) -> None:
+        """Say one of the ways."""
+        self.sentences.append(tell(self.dice, self.dice.pick(ways), self.slots))
 
     def event(self, kind: str, *values: Any) -> None:
-        self.events.append(Event(kind, tuple(v if isinstance(v, int) else str(v) for v in values)))
+        self.events.append(Event(kind, tuple(str(value) for value in values)))
 
-    def story(self, plot: str, joiner: str = " ") -> Story:
-        text = joiner.join(sentence for sentence, _ in self.sentences)
-        core = joiner.join(sentence for sentence, answer in self.sentences if not answer)
-        return Story(plot, text, core, tuple(self.events))
+    def story(self, joiner: str = " ") -> Story:
+        return Story(joiner.join(self.sentences), tuple(self.events))

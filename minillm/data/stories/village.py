@@ -1,5 +1,6 @@
 """How the facts of the world enter a story: asides, introductions, and the plots that are about little else."""
 
+from minillm.data.stories import recall
 from minillm.data.stories.telling import Telling, fill
 from minillm.data.stories.world import ATTRIBUTES, PEOPLE, Person
 
@@ -143,34 +144,6 @@ def neighbours(t: Telling) -> None:
     )
 
 
-ASKED = {
-    "home": (
-        '"where does {P} live?" asked {B}. "by the {P.home}," said {A}.',
-        '"who lives by the {P.home}?" asked {B}. "{P} does," said {A}.',
-    ),
-    "job": (
-        '"what is {P}\'s trade?" asked {B}. "{P} is the {P.job}," said {A}.',
-        '"who is the {P.job} here?" asked {B}. "that is {P}," said {A}.',
-    ),
-    "goods": (
-        '"what does {P} sell?" asked {B}. "{P.goods}," said {A}.',
-        '"who sells {P.goods} here?" asked {B}. "{P} does," said {A}.',
-    ),
-    "pet": (
-        '"what pet does {P} have?" asked {B}. "{P.a_pet}," said {A}.',
-        '"whose {P.pet} is that?" asked {B}. "it is {P}\'s," said {A}.',
-    ),
-    "food": (
-        '"what does {P} like to eat?" asked {B}. "{P.food}," said {A}.',
-        '"who loves {P.food}?" asked {B}. "{P} does," said {A}.',
-    ),
-    "door": (
-        '"what colour is {P}\'s door?" asked {B}. "{P.door}," said {A}.',
-        '"which door is {P}\'s?" asked {B}. "the {P.door} one," said {A}.',
-    ),
-}
-
-
 def traveller(t: Telling) -> None:
     cast(t, "A")
     t.let(B=t.dice.pick(("the traveller", "the stranger", "the child", "the king", "the judge", "the new boy")))
@@ -180,8 +153,9 @@ def traveller(t: Telling) -> None:
         "{once}{A1} showed {B} the village.",
     )
     for person in t.dice.sample(PEOPLE, t.dice.number(3, 4)):
-        t.let(P=person)
-        t.say(*ASKED[t.dice.pick(ATTRIBUTES)])
+        question, answer = recall.ask(t.dice, person)
+        t.let(question=question, answer=answer)
+        t.say('"{question}" They said: {answer}.')
     t.say(
         '"thank you," said {B}, and went on.',
         "{B} [wrote it all down|nodded|tried to remember it all].",
