@@ -83,6 +83,7 @@ class RunLog:
             "bar_format": layout,
             "dynamic_ncols": True,
             "smoothing": 0.05,
+            "mininterval": 0.1 if sys.stderr.isatty() else 30,  # seconds: a log file keeps every state of the bar
             "disable": not show,
             "file": TERMINAL,
         }

@@ -323,24 +323,3 @@ def optimizer_tensors(
             for key, value in optimizer.state[parameter].items():
                 tensors[f"optim.{key}.{names[id(parameter)]}"] = value
     return tensors
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer,
-    named_parameters: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Copy what `optimizer_tensors` gave back into an optimizer. Raises ValueError where names or shapes differ."""
-    own = optimizer_tensors(optimizer, named_parameters)
-    problems = [f"{name} is missing" for name in own.keys() - tensors.keys()]
-    problems += [f"{name} belongs to no trainable parameter" for name in tensors.keys() - own.keys()]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}; {tuple(own[name].shape)} is needed"
-        for name in own.keys() & tensors.keys()
-        if tensors[name].shape != own[name].shape
-    ]
-    if problems:
-        raise ValueError("the saved optimizer state does not fit: " + "; ".join(sorted(problems)))
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])

@@ -14,7 +14,6 @@ from minillm.optim import (
     OptimConfig,
     build_optimizer,
     clip_grad_norm_,
-    load_optimizer_tensors,
     lr_at,
     newton_schulz,
     optimizer_tensors,
@@ -359,7 +358,8 @@ def test_state_goes_into_a_checkpoint_and_back_bitwise(name):
     saved = {k: v.clone() for k, v in optimizer_tensors(optimizer, model.named_parameters()).items()}
     resumed = copy.deepcopy(model)
     other = build_optimizer(resumed, config(name=name))
-    load_optimizer_tensors(other, resumed.named_parameters(), saved)
+    for key, tensor in optimizer_tensors(other, resumed.named_parameters()).items():
+        tensor.copy_(saved[key])
     train(model, optimizer, 3, start=3)
     train(resumed, other, 3, start=3)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters()))
@@ -392,26 +392,3 @@ def test_state_is_named_by_parameter():
     assert {n for n in names if "lm_head" in n} == {
         f"optim.{key}.lm_head.weight" for key in ("step", "exp_avg", "exp_avg_sq")
     }
-
-
-def test_state_that_does_not_fit_changes_nothing():
-    model = transformer()
-    optimizer = build_optimizer(model, config())
-    train(model, optimizer, 1)
-    saved = {k: v.clone() for k, v in optimizer_tensors(optimizer, model.named_parameters()).items()}
-    wrong = {k: v + 1 for k, v in saved.items()}
-    del wrong["optim.step.norm.weight"]
-    wrong["optim.exp_avg.other"] = torch.zeros(3)
-    wrong["optim.exp_avg.norm.weight"] = torch.zeros(3)
-    with pytest.raises(
-        ValueError, match=r"exp_avg.norm.weight has shape.*exp_avg.other belongs.*step.norm.weight is miss"
-    ):
-        load_optimizer_tensors(optimizer, model.named_parameters(), wrong)
-    now = optimizer_tensors(optimizer, model.named_parameters())
-    assert all(torch.equal(now[k], saved[k]) for k in saved)
-
-
-def test_an_unknown_optimizer_is_named():
-    model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="SGD is not known"):
-        optimizer_tensors(torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9), model.named_parameters())

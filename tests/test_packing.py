@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from minillm.data import packing
-from minillm.data.packing import best_fit, cut, growing_npy, plan_rows
+from minillm.data.packing import best_fit, cut, plan_rows
+from minillm.data.store import GrowingArray
 
 
 def offsets_of(lengths):
@@ -190,7 +191,8 @@ def test_a_corpus_without_a_target_has_a_plan_without_rows(tmp_path, offsets):
 
 
 def test_an_array_may_be_written_without_knowing_its_length(tmp_path):
-    with growing_npy(tmp_path / "a.npy", "<i4") as append:
-        for i in range(1000):
-            append(np.arange(i))
+    array = GrowingArray(tmp_path / "a.npy", "<i4")
+    for i in range(1000):
+        array.append(np.arange(i))
+    array.close()
     assert np.array_equal(np.load(tmp_path / "a.npy"), np.concatenate([np.arange(i) for i in range(1000)]))

@@ -81,7 +81,9 @@ def test_a_question_asked_twice_has_the_same_answer(asked):
 
 
 def test_the_answer_to_a_reading_question_stands_in_the_story(asked):
-    missing = [q for q in asked["heldout"] if q.family == "reading" and q.answer.split()[-1].lower() not in q.context.lower()]
+    missing = [
+        q for q in asked["heldout"] if q.family == "reading" and q.answer.split()[-1].lower() not in q.context.lower()
+    ]
     assert not missing
 
 

@@ -17,6 +17,7 @@ import minillm
 import train
 from minillm import checkpoint, cli
 from minillm.log import read_metrics, run_command
+from minillm.recipe import read_layers
 
 ROOT = Path(__file__).parent.parent
 SMALL = """

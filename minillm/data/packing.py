@@ -17,13 +17,13 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from minillm.data.store import GrowingArray
 from minillm.files import atomic_directory, locked, read_json
 
 logger = logging.getLogger("minillm")
@@ -167,19 +167,18 @@ def write_plan(path: Path, offsets: np.ndarray, seq_len: int) -> None:
     for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
         shutil.rmtree(stale, ignore_errors=True)
     with atomic_directory(path) as temporary:
-        with ExitStack() as stack:
-            files = (("rows", "<i8"), ("starts", "<i8"), ("lengths", "<i4"))
-            rows, starts, lengths = (
-                stack.enter_context(growing_npy(temporary / f"{name}.npy", dtype)) for name, dtype in files
-            )
-            rows(np.zeros(1, np.int64))
-            for window_counts, window_starts, window_lengths in packed_windows(offsets, seq_len):
-                rows(n_pieces + np.cumsum(window_counts))
-                starts(window_starts)
-                lengths(window_lengths)
-                n_rows += len(window_counts)
-                n_pieces += len(window_starts)
-                n_targets += int(window_lengths.sum())
+        files = {"rows": "<i8", "starts": "<i8", "lengths": "<i4"}
+        rows, starts, lengths = arrays = [GrowingArray(temporary / f"{name}.npy", files[name]) for name in files]
+        rows.append(np.zeros(1, np.int64))
+        for window_counts, window_starts, window_lengths in packed_windows(offsets, seq_len):
+            rows.append(n_pieces + np.cumsum(window_counts))
+            starts.append(window_starts)
+            lengths.append(window_lengths)
+            n_rows += len(window_counts)
+            n_pieces += len(window_starts)
+            n_targets += int(window_lengths.sum())
+        for array in arrays:
+            array.close()
         info = {"n_rows": n_rows, "n_pieces": n_pieces, "n_targets": n_targets, "seq_len": seq_len}
         (temporary / "plan.json").write_text(json.dumps(info))
 
@@ -195,29 +194,3 @@ def open_plan(path: Path) -> Plan | None:
         return Plan(rows, starts, lengths, info["n_targets"]) if whole else None
     except (OSError, ValueError, KeyError):
         return None
-
-
-@contextmanager
-def growing_npy(path: Path, dtype: str) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yields append(array): a one-dimensional .npy file whose length is not known in advance.
-
-    numpy leaves room in the header for the first axis to grow, so that the header can be written again at the end.
-    """
-
-    def write_header(n: int) -> int:
-        file.seek(0)
-        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (n,)}
-        np.lib.format.write_array_header_1_0(file, header)
-        return file.tell()
-
-    def append(array: np.ndarray) -> None:
-        nonlocal n
-        file.write(np.ascontiguousarray(array, dtype=dtype))
-        n += len(array)
-
-    n = 0
-    with open(path, "wb") as file:
-        size = write_header(0)
-        yield append
-        grown = write_header(n)
-        assert grown == size, (grown, size)

@@ -12,7 +12,7 @@ from minillm.data.stories import chinese, counting, village
 from minillm.data.stories.questions import READING_PLOTS, Question, is_held_out, questions, retell, tell_story
 from minillm.data.stories.telling import Dice
 
-N_STORIES = 22_000
+N_STORIES = 23_000
 VILLAGE = (village.portrait, village.neighbours, village.traveller, village.riddle, village.walk)
 # The plots of a story, by a draw from 0 to 99: the first group whose number is above it.
 GROUPS = ((26, VILLAGE), (67, READING_PLOTS), (95, counting.PLOTS), (100, chinese.PLOTS))

@@ -132,9 +132,7 @@ def possible_questions(story: Story) -> list[Question]:
             for wording in READING.get((event.kind, i)) or COUNTING.get((event.kind, i), ()):
                 if answers(wording, event, i, story.events) == {answer}:
                     said = f"by the {answer}" if (event.kind, i) in BY_THE else answer
-                    found.append(
-                        Question(family, story.text, wording.format(*event.values), said)
-                    )
+                    found.append(Question(family, story.text, wording.format(*event.values), said))
     return found
 
 
