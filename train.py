@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from minillm.config import Layer, build, file_layer, help_text, lookup, to_dict
+from minillm.config import Layer, build, convert, file_layer, help_text, lookup, to_dict
 from minillm.data.batch import Batch
 from minillm.data.config import DataConfig
 from minillm.data.corpus import content_hash, corpus_bytes, open_corpus
@@ -34,7 +35,7 @@ from minillm.model.init import init_weights
 from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
 from minillm.optim import OptimConfig, build_optimizer, lr_at
-from minillm.plan import count_parameters, flops_per_token, micro_batch_size, recommend
+from minillm.plan import count_parameters, flops_per_token, micro_batch_size, optimizer_for, recommend
 from minillm.recipe import earlier, earlier_run, preset_layer, read_layers, starting_point, without_limits
 from minillm.run import RunConfig, RunDirectory, open_run
 from minillm.tokenizer import Tokenizer, TokenizerConfig
@@ -112,12 +113,35 @@ def fitting(given: list[Layer]) -> list[Layer]:
         chosen = dict(file_layer(QUICKSTART).values)
     else:
         chosen = recommend(size_of_text(given))
-    seq_len = lookup(given, "data.seq_len", chosen["data.seq_len"])
-    if str(seq_len).isdigit() and int(seq_len):
-        rows = max(1, round(chosen["train.batch_tokens"] / int(seq_len)))
-        chosen |= {"model.max_seq_len": int(seq_len), "train.batch_tokens": rows * int(seq_len)}
-    chosen = Layer("chosen for the corpus", without_limits(chosen, given))
+    chosen = Layer("chosen for the corpus", without_limits(suited(chosen, given), given))
     return [*preset_layer([chosen]), chosen]
+
+
+def suited(chosen: dict[str, Any], given: list[Layer]) -> dict[str, Any]:
+    """The chosen values, but for those that something given makes wrong, and with those that follow from it."""
+    said = {name for layer in given for name in layer.values}
+    if "model.dim" in said:  # a shape of the user's own, or a preset they named: it needs another learning rate
+        dim = as_count(lookup(given, "model.dim")) or ModelSection.dim
+        chosen = {name: chosen[name] for name in chosen if not name.startswith(("model.", "optim."))}
+        chosen |= optimizer_for(dim)
+    if lookup(given, "optim.name", "muon") != "muon" and "optim.muon_lr" in chosen:
+        chosen["optim.lr"] = chosen.pop("optim.muon_lr")
+    if "optim.lr" in said:
+        chosen.pop("optim.muon_lr", None)
+    if {"tokenizer.kind", "tokenizer.path"} & said:
+        chosen.pop("tokenizer.vocab_size", None)
+    limit = as_count(lookup(given, "model.max_seq_len")) or math.inf
+    seq_len = as_count(lookup(given, "data.seq_len")) or min(chosen["data.seq_len"], limit)
+    rows = max(1, round(chosen["train.batch_tokens"] / seq_len))
+    return chosen | {"data.seq_len": seq_len, "model.max_seq_len": seq_len, "train.batch_tokens": rows * seq_len}
+
+
+def as_count(value: Any) -> int | None:
+    """The whole number that a value not checked yet stands for; None where it is none, which is reported later."""
+    try:
+        return max(1, convert(value, int))
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 def size_of_text(given: list[Layer]) -> int:
@@ -171,7 +195,8 @@ def make_trainer(
     )
     log = dataclasses.replace(config.log, every=config.log.every or max(1, steps // ROWS_OF_METRICS))
     section = ModelSection(**dataclasses.asdict(model_config), preset=config.model.preset)
-    config = dataclasses.replace(config, model=section, train=train, optim=optim, log=log)
+    data = dataclasses.replace(data, val=prepared.info["settings"]["val"])
+    config = dataclasses.replace(config, model=section, data=data, train=train, optim=optim, log=log)
 
     with torch.device("meta"):
         model = Transformer(model_config)
@@ -265,11 +290,9 @@ def report(
             print(piece, end="", flush=True)
         print()
     print(f"\n{curve(read_metrics(run.metrics))}\n")
-    val = (
-        f", val loss {summary['val_loss']:.4f} ({summary['val_bpb']:.3f} bits per byte)"
-        if "val_loss" in summary
-        else ""
-    )
+    val = ""
+    if summary.get("val_loss") is not None:
+        val = f", val loss {summary['val_loss']:.4f} ({summary['val_bpb']:.3f} bits per byte)"
     print(
         f"{run.path}: {summary['tokens']:,} tokens in {summary['hours'] * 60:.1f} minutes, "
         f"{summary['mean_tokens_per_second']:,.0f} tokens/s, {summary['peak_memory_bytes'] / 2**30:.1f} GiB{val}"

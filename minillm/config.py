@@ -38,10 +38,11 @@ class ConfigError(ValueError):
 
 
 class Layer(NamedTuple):
-    """Values for some fields, by dotted name, and where they came from."""
+    """Values for some fields, by dotted name, where they came from, and what could not be read there."""
 
     origin: str
     values: Mapping[str, Any]
+    problems: tuple[str, ...] = ()
 
 
 class Field(NamedTuple):
@@ -104,7 +105,7 @@ def arguments(config_class: type, argv: Sequence[str]) -> tuple[list[str], Layer
     """Split a command line into its positional words and the layer of its `--name value` options.
 
     A boolean option may stand alone (`--train.compile`), `--name=value` is the same as `--name value`, and an option
-    given several times counts as the last. Raises ConfigError for an option without a value.
+    given several times counts as the last. An option without a value is a problem of the layer, which `build` reports.
     """
     switches = {field.name for field in fields_of(config_class) if field.type is bool}
     positional, values, problems = [], {}, []
@@ -125,9 +126,7 @@ def arguments(config_class: type, argv: Sequence[str]) -> tuple[list[str], Layer
             values[name] = words.pop(0)
         else:
             problems.append(f"--{name}: a value is missing")
-    if problems:
-        raise ConfigError(problems)
-    return positional, Layer("command line", values)
+    return positional, Layer("command line", values, tuple(problems))
 
 
 def lookup(layers: Sequence[Layer], name: str, default: Any = None) -> Any:
@@ -145,7 +144,7 @@ def build(config_class: type[C], layers: Sequence[Layer]) -> C:
     """
     fields = {field.name: field for field in fields_of(config_class)}
     values: dict[str, Any] = {}
-    problems: list[str] = []
+    problems = [problem for layer in layers for problem in layer.problems]
     failed: set[str] = set()
     for layer in layers:
         for name, value in layer.values.items():
@@ -166,17 +165,22 @@ def build(config_class: type[C], layers: Sequence[Layer]) -> C:
 def construct(config_class: type, prefix: str, values: Mapping[str, Any], problems: list[str], failed: set[str]) -> Any:
     """Build a section, or a config of sections; what its `__post_init__` objects to joins the problems.
 
-    A field that already failed has its default here, so that the combinations of the others are still checked; an
-    objection that names a failed field is not repeated.
+    A field or section that already failed has its default here, so that the combinations of the others are still
+    checked; an objection that names one that failed is not repeated.
     """
     hints = typing.get_type_hints(config_class)
     given: dict[str, Any] = {}
     complete = True
+    local = {name.removeprefix(prefix) for name in failed}
     for field in dataclasses.fields(config_class):
         name = prefix + field.name
         if dataclasses.is_dataclass(hints[field.name]):
-            given[field.name] = construct(hints[field.name], f"{name}.", values, problems, failed)
-            complete &= given[field.name] is not None
+            section = construct(hints[field.name], f"{name}.", values, problems, failed)
+            if section is not None:
+                given[field.name] = section
+            else:
+                local.add(field.name)
+                complete &= field.default_factory is not dataclasses.MISSING
         elif name in values:
             given[field.name] = values[name]
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -188,10 +192,15 @@ def construct(config_class: type, prefix: str, values: Mapping[str, Any], proble
     try:
         return config_class(**given)
     except ValueError as error:
-        local = {name.removeprefix(prefix) for name in failed}
-        lines = [line for line in str(error).splitlines() if not local & set(re.findall(r"[\w.]+", line))]
+        lines = [line for line in str(error).splitlines() if not local & named(line)]
         problems.extend(prefix + line for line in lines)
         return None
+
+
+def named(line: str) -> set[str]:
+    """What an objection may be naming: each word of it, and of `section.field` the section too."""
+    words = set(re.findall(r"[\w.]+", line))
+    return words | {word.partition(".")[0] for word in words}
 
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:

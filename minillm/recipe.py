@@ -28,7 +28,8 @@ def preset_layer(layers: Sequence[Layer]) -> list[Layer]:
     if name is None or str(name).lower() == "none":
         return []
     if name not in PRESETS:
-        raise ConfigError([f"model.preset: {name!r} is not known{nearest(str(name), PRESETS)} ({', '.join(PRESETS)})"])
+        problem = f"model.preset: {name!r} is not known{nearest(str(name), PRESETS)} ({', '.join(PRESETS)})"
+        return [Layer(f"preset {name}", {}, (problem,))]
     fields = preset_fields(name)
     return [Layer(f"preset {name}", {f"model.{key}": fields[key] for key in fields if key != "vocab_size"})]
 

@@ -8,7 +8,7 @@ from minillm.model import attention
 from minillm.model.config import ModelConfig
 from minillm.model.presets import preset
 from minillm.model.transformer import Transformer
-from minillm.plan import count_parameters, flops_per_token
+from minillm.plan import count_parameters, flops_per_token, recommend
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -37,3 +37,12 @@ def test_flops_of_gpt2_are_the_palm_formula():
     # 6 N + 12 L D T with the matmul weights of GPT-2 124M: 12 layers of 12 * 768^2, and lm_head
     N = 12 * 12 * 768**2 + 50_257 * 768
     assert flops_per_token(preset("gpt2-124m"), 1024) == 6 * N + 12 * 12 * 768 * 1024
+
+
+def test_a_larger_corpus_gets_a_larger_model_and_smaller_steps():
+    chosen = [recommend(10**exponent) for exponent in (4, 7, 8, 9, 12)]
+    sizes = [count_parameters(preset(one["model.preset"])).total for one in chosen]
+    rates = [one.get("optim.muon_lr", one["optim.lr"]) for one in chosen]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+    assert rates == sorted(rates, reverse=True)

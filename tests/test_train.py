@@ -248,12 +248,40 @@ def test_a_summary_that_a_kill_prevented_is_written_when_the_run_is_resumed(work
     }
 
 
-@pytest.mark.parametrize("seq_len", [100, 2048])
-def test_the_other_choices_follow_a_given_seq_len(seq_len, monkeypatch):
-    given = read_layers(train.Config, ["--data.path", "x.txt", "--data.seq_len", str(seq_len)])
-    config = train.build(train.Config, [*train.fitting(given), *given])
+def chosen_for(*words):
+    given = read_layers(train.Config, list(words))
+    return train.build(train.Config, [*train.fitting(given), *given])
+
+
+@pytest.mark.parametrize("seq_len", [100, 2_048])
+def test_the_other_choices_follow_a_given_seq_len(seq_len):
+    config = chosen_for("--data.path", "x.txt", "--data.seq_len", f"{seq_len:_}")
     assert (config.data.seq_len, config.model.max_seq_len) == (seq_len, seq_len)
     assert config.train.batch_tokens % seq_len == 0
+
+
+def test_the_chosen_seq_len_fits_a_given_max_seq_len():
+    assert chosen_for("--model.max_seq_len", "128").data.seq_len == 128
+    assert chosen_for("--model.max_seq_len", "4096").data.seq_len == 256
+
+
+@pytest.mark.parametrize("words", [["--optim.name", "adamw"], ["--optim.lr", "1e-3"]])
+def test_what_is_given_for_the_optimizer_leaves_no_rate_of_another(words):
+    assert chosen_for(*words).optim.muon_lr is None
+
+
+@pytest.mark.parametrize("words", [["--tokenizer.kind", "byte"], ["--tokenizer.path", "runs/other"]])
+def test_a_given_tokenizer_has_the_vocabulary_it_has(words):
+    assert chosen_for(*words).tokenizer.vocab_size is None
+
+
+@pytest.mark.parametrize("words", [["--model.preset", "gpt2-124m"], ["--model.dim", "768"]])
+def test_a_given_shape_gets_a_learning_rate_for_its_width_and_nothing_of_another_shape(words):
+    config = chosen_for(*words)
+    assert (config.optim.lr, config.optim.muon_lr) == (1e-3, None)
+    assert config.model.preset == (words[1] if "preset" in words[0] else None)
+    assert config.model.n_layers == (12 if config.model.preset else train.ModelSection.n_layers)
+    assert config.model.tie_embeddings
 
 
 def test_a_prepared_folder_is_trained_on(workplace, capsys):
@@ -293,6 +321,32 @@ def test_five_mistakes_come_in_one_report(workplace, capsys):
     assert "5 problems" in message
     for name in ("optim.lrr", "train.max_steps", "model.dropout", "model.n_heads", "data.val"):
         assert name in message
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--model.preset", "gpt5", "--optim.lrr", 1], ("model.preset", "optim.lrr")),
+        (["--model.n_heads", 5, "--train.batch_tokens", 100], ("model.n_heads", "train.batch_tokens")),
+        (["--optim.lr", "--model.dropout", 2], ("optim.lr", "model.dropout")),
+    ],
+)
+def test_a_mistake_does_not_hide_the_next(workplace, capsys, words, names):
+    message = failure(capsys, *words)
+    assert "2 problems" in message
+    for name in names:
+        assert name in message
+
+
+def test_a_run_uses_the_tokens_that_prepare_left(workplace, capsys):
+    (workplace / "large.txt").write_text("a line of a text that is larger than some\n" * 80_000)  # 3.4 MB
+    text = ["--data.path", "large.txt", "--data.document", "line", "--tokenizer.kind", "byte"]
+    assert run_command(cli.dispatch, ["data", "prepare", *text]) == 0
+    folder = workplace / capsys.readouterr().out.splitlines()[0]
+    shape = ["--model.dim", "16", "--model.n_layers", "1", "--model.n_heads", "2", "--train.max_steps", "1"]
+    assert run_command(train.main, [*text, *shape, "--run.dir", "runs/large"]) == 0
+    assert [path for path in folder.parent.glob("large*") if path.is_dir()] == [folder]
+    assert json.loads((workplace / "runs/large/config.json").read_text())["data"]["val"] == "0.01"
 
 
 def test_help_lists_every_field_and_builds_no_model(capsys, monkeypatch):

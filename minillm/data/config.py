@@ -6,9 +6,9 @@ from typing import Annotated, Literal, NamedTuple
 
 
 class ValSplit(NamedTuple):
-    """What `data.val` says: kind none, tail or hash with a fraction, or path."""
+    """What `data.val` says: kind auto, none, tail or hash with a fraction, or path."""
 
-    kind: Literal["none", "tail", "hash", "path"]
+    kind: Literal["auto", "none", "tail", "hash", "path"]
     fraction: float = 0.0
     path: str = ""
 
@@ -25,8 +25,8 @@ class DataConfig:
     ] = "file"
     text_field: Annotated[str, "field of a JSON row that holds its text"] = "text"
     val: Annotated[
-        str, "held out: a fraction (the tail of the text), 'hash F' (by each document's hash), a path, or 0"
-    ] = "0.05"
+        str, "held out: a fraction (the tail of the text), 'hash F' (by each document's hash), a path, 0, or auto"
+    ] = "auto"
     seq_len: Annotated[int | None, "tokens in a row; none: chosen for the size of the corpus", ">= 1"] = None
     packing: Annotated[bool, "rows of whole documents that do not see each other; false: one endless text"] = True
     cache_dir: Annotated[str, "where prepared tokens are kept for the next run"] = ".cache/minillm"
@@ -46,6 +46,8 @@ class DataConfig:
     def val_split(self) -> ValSplit:
         """`val` read: a number is a tail fraction, `hash F` a fraction by hash, anything else a path."""
         text = str(self.val).strip()
+        if text == "auto":
+            return ValSplit("auto")
         if text.lower() in ("", "none", "false"):
             return ValSplit("none")
         hashed = re.fullmatch(r"hash\s+(\S+)", text)
@@ -58,3 +60,12 @@ class DataConfig:
         if not 0 <= fraction < 1:
             raise ValueError(f"{text!r} is no fraction of the text; give 0 or more and less than 1")
         return ValSplit("hash" if hashed else "tail", fraction) if fraction else ValSplit("none")
+
+
+# Up to so many bytes of text, that fraction is held out: the share shrinks, so that an evaluation stays short.
+VAL_FRACTIONS = ((3e6, 0.05), (3e7, 0.01), (3e8, 0.005), (3e9, 0.001), (float("inf"), 0.0001))
+
+
+def val_fraction(n_bytes: int) -> float:
+    """The tail that `data.val = auto` holds out of a corpus of that many bytes."""
+    return next(fraction for most, fraction in VAL_FRACTIONS if n_bytes <= most)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from minillm.data.config import DataConfig
-from minillm.data.shards import corpus_files, prepare
+from minillm.data.shards import corpus_files, prepare, size_of_text
 from minillm.data.store import Prepared, is_prepared, open_prepared
 from minillm.data.stories import write_stories
 from minillm.data.text import documents, find_files
@@ -14,7 +14,6 @@ from minillm.files import atomic_directory, locked
 from minillm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
 STORIES = "stories-2.jsonl"  # a new number whenever the stories change, so that a cache never holds older ones
-GZIP_RATIO = 3  # text is about this much larger than its .gz
 
 
 def with_path(config: DataConfig) -> DataConfig:
@@ -39,7 +38,7 @@ def corpus_bytes(config: DataConfig) -> int:
     """About how much text there is, from the sizes of the files. Raises ValueError for a path without text."""
     if folder := prepared_folder(config):
         return sum(split["n_bytes"] for split in open_prepared(folder).info["splits"].values())
-    return sum(f.stat().st_size * (GZIP_RATIO if f.suffix == ".gz" else 1) for f in find_files(config.path))
+    return size_of_text(find_files(config.path))
 
 
 def open_tokenizer(data: DataConfig, config: TokenizerConfig) -> Tokenizer:

@@ -1,5 +1,6 @@
 """Prepared tokens: made once from text, tokenizer and settings, found again as long as none of them has changed."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -8,7 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
-from minillm.data.config import DataConfig
+from minillm.data.config import DataConfig, val_fraction
 from minillm.data.store import FORMAT, Prepared, TokenStore, index_hash, is_prepared, open_prepared
 from minillm.data.store import verify as verify_tokens
 from minillm.data.text import find_files
@@ -21,6 +22,7 @@ __all__ = ["Prepared", "TokenStore", "changed_files", "describe", "is_prepared",
 
 logger = logging.getLogger("minillm")
 
+GZIP_RATIO = 3  # text is about this much larger than its .gz
 SHARD_TOKENS = 2**28  # 512 MiB of uint16
 SMALL_CORPUS = 2**24  # bytes: 16 MiB are tokenised here in the time it takes to start processes
 HASHED_CORPUS = 2**26  # bytes: up to 64 MiB, content decides whether a file has changed; beyond, size and mtime
@@ -39,6 +41,8 @@ def prepare(
     if len(paths) == 1 and is_prepared(paths[0]):
         logger.info("%s: prepared tokens; data.val and how documents are cut are as they were then", paths[0])
         return open_prepared(paths[0], tokenizer.hash)
+    if config.val_split().kind == "auto":
+        config = dataclasses.replace(config, val=f"{val_fraction(size_of_text(find_files(paths)))}")
     identity = identify(config, tokenizer, shard_tokens)
     stem = re.sub(r"[^\w.-]+", "-", Path(identity["files"][0]["path"]).name).strip("-.") or "text"
     directory = Path(config.cache_dir).expanduser() / f"{stem}-{identity['fingerprint'][:16]}"
@@ -52,6 +56,11 @@ def prepare(
             with locked(lock, wait=True):
                 make(directory, identity, config, tokenizer, progress)
     return open_prepared(directory, tokenizer.hash)
+
+
+def size_of_text(files: list[Path]) -> int:
+    """About how many bytes of text the files hold, from their sizes."""
+    return sum(file.stat().st_size * (GZIP_RATIO if file.suffix == ".gz" else 1) for file in files)
 
 
 def identify(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int) -> dict:
