@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
         if start:
             trainer.resume(start)
             LOGGER.info("resumed from %s", start)
-        if trainer.over() and not trainer.progress.unevaluated and run.finished:
+        if trainer.over() and not trainer.progress.unevaluated and run.finished_at(trainer.progress.step):
             LOGGER.info("%s: the run is finished at step %d; there is nothing to do", run.path, trainer.progress.step)
             return 0
         tokenizer.save(run.path)
@@ -279,12 +279,14 @@ def report(
         print(f"\nstopped by {summary['stopped_by']} at step {summary['step']}; continue with --run.resume auto")
         return
     model.eval()
-    print("\nsamples: a beginning that was held out ▸ what the model adds")
-    prompts = beginnings(prepared.val or prepared.train, max(1, config.log.samples))
+    store, max_seq_len = prepared.val or prepared.train, model.config.max_seq_len
+    print(f"\nsamples: a beginning {'that was held out' if prepared.val else 'of the text'} ▸ what the model adds")
+    prompts = beginnings(
+        store, max(1, config.log.samples), length=max(1, min(16, max_seq_len // 2)), eos_id=tokenizer.eos_id
+    )
     for prompt in prompts[: config.log.samples]:
         print(f"\n  {tokenizer.decode(prompt)} ▸ ", end="", flush=True)
-        prompt = prompt[: model.config.max_seq_len // 2]
-        new_tokens = min(160, model.config.max_seq_len - len(prompt))
+        new_tokens = min(160, max_seq_len - len(prompt))
         params = SamplingParams(max_new_tokens=new_tokens, temperature=0.7, top_p=0.95, seed=config.run.seed)
         for piece in stream(model, tokenizer, prompt, params):
             print(piece, end="", flush=True)
@@ -306,13 +308,14 @@ def report(
     )
 
 
-def beginnings(store: TokenStore, count: int, length: int = 16) -> list[list[int]]:
+def beginnings(store: TokenStore, count: int, length: int, eos_id: int) -> list[list[int]]:
     """Token prompts from evenly spaced places: the starts of documents, or anywhere in a text of few."""
     if store.n_documents >= count:
         starts = [int(store.document_offsets[i * store.n_documents // count]) for i in range(count)]
     else:
         starts = [i * store.n_tokens // count for i in range(count)]
-    return [store.tokens(start, min(start + length, store.n_tokens)).tolist() for start in starts]
+    found = [store.tokens(start, min(start + length, store.n_tokens)).tolist() for start in starts]
+    return [prompt[: prompt.index(eos_id)] if eos_id in prompt[1:] else prompt for prompt in found if prompt]
 
 
 if __name__ == "__main__":

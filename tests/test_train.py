@@ -338,6 +338,16 @@ def test_a_mistake_does_not_hide_the_next(workplace, capsys, words, names):
         assert name in message
 
 
+@pytest.mark.parametrize("seq_len", [2, 20])
+def test_samples_are_shown_however_short_the_context_and_the_documents(workplace, capsys, seq_len):
+    (workplace / "text.txt").write_text("hen\negg\nfarm\n" * 200)
+    length = ["--data.seq_len", seq_len, "--model.max_seq_len", seq_len, "--train.batch_tokens", 20]
+    assert run("--data.document", "line", "--data.val", 0, *length) == 0
+    said = capsys.readouterr().out
+    assert "a beginning of the text" in said
+    assert "<s>" not in said
+
+
 def test_a_run_uses_the_tokens_that_prepare_left(workplace, capsys):
     (workplace / "large.txt").write_text("a line of a text that is larger than some\n" * 80_000)  # 3.4 MB
     text = ["--data.path", "large.txt", "--data.document", "line", "--tokenizer.kind", "byte"]

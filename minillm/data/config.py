@@ -27,7 +27,7 @@ class DataConfig:
     val: Annotated[
         str, "held out: a fraction (the tail of the text), 'hash F' (by each document's hash), a path, 0, or auto"
     ] = "auto"
-    seq_len: Annotated[int | None, "tokens in a row; none: chosen for the size of the corpus", ">= 1"] = None
+    seq_len: Annotated[int | None, "tokens in a row; none: chosen for the size of the corpus", ">= 2"] = None
     packing: Annotated[bool, "rows of whole documents that do not see each other; false: one endless text"] = True
     cache_dir: Annotated[str, "where prepared tokens are kept for the next run"] = ".cache/minillm"
     workers: Annotated[int | None, "processes that tokenise; none: all cores, one for a small corpus", ">= 1"] = None
