@@ -24,6 +24,10 @@ class RunConfig:
     ] = "never"
     device: Annotated[str, "auto (the accelerator if there is one) | cpu | cuda | cuda:1 | mps | ..."] = "auto"
 
+    def __post_init__(self):
+        if not self.dir.strip():
+            raise ValueError("dir: is empty; give a directory")
+
 
 class RunDirectory:
     """The paths inside a run's directory."""
@@ -37,13 +41,14 @@ class RunDirectory:
 
     @property
     def started(self) -> bool:
-        """True when a run has begun here."""
-        return self.config.exists()
+        """True when a run has begun here: also where only a part of what it wrote is left."""
+        rows = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return self.config.exists() or rows or any(self.checkpoints.glob("step-*"))
 
-    @property
-    def finished(self) -> bool:
-        """True when the run reached its end and said so."""
-        return self.summary.exists() and bool(read_json(self.summary).get("finished"))
+    def finished_at(self, step: int) -> bool:
+        """True when the run reached its end at that step and said so: an earlier end may since have been moved."""
+        summary = read_json(self.summary) if self.summary.exists() else {}
+        return bool(summary.get("finished")) and summary.get("step") == step
 
     def write_json(self, path: Path, value: dict[str, Any]) -> None:
         """Write one of the JSON files, whole or not at all."""

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from minillm.files import BusyError
-from minillm.run import RunConfig, open_run
+from minillm.run import RunConfig, RunDirectory, open_run
 
 
 def config(path, resume="never"):
@@ -36,6 +36,37 @@ def test_a_directory_of_a_run_that_never_began_is_free(tmp_path):
         pass
     with open_run(config(tmp_path)) as run:
         assert not run.started
+
+
+@pytest.mark.parametrize("left", ["config.json", "metrics.jsonl", "checkpoints/step-00000005/state.json"])
+def test_what_any_part_of_a_run_is_left_of_is_not_begun_again(tmp_path, left):
+    (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / left).write_text("{}\n")
+    with pytest.raises(ValueError, match="holds a run already"), open_run(config(tmp_path)):
+        pass
+    with open_run(config(tmp_path, "auto")) as run:
+        assert run.started
+
+
+def test_a_place_made_for_checkpoints_is_no_run(tmp_path):
+    (tmp_path / "checkpoints" / "lost+found").mkdir(parents=True)
+    with open_run(config(tmp_path)) as run:
+        assert not run.started
+
+
+def test_a_run_is_finished_only_at_the_step_that_its_summary_is_of(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert not run.finished_at(0)
+    run.write_json(run.summary, {"finished": True, "step": 12})
+    assert run.finished_at(12)
+    assert not run.finished_at(20)
+    run.write_json(run.summary, {"finished": False, "step": 20})
+    assert not run.finished_at(20)
+
+
+def test_a_directory_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="^dir: is empty; give a directory"):
+        config("")
 
 
 HOLD = """
