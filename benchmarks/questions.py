@@ -8,6 +8,7 @@ Trains on the answers alone, of questions of the training split; asks those of t
 import argparse
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -24,8 +25,6 @@ from minillm.optim import OptimConfig, build_optimizer, lr_at
 from minillm.tokenizer import Tokenizer
 from minillm.trainer import TrainConfig, Trainer
 
-ROW = 256  # tokens
-
 
 def prompt_and_answer(tokenizer: Tokenizer, question: Question) -> tuple[list[int], list[int]]:
     """One text, cut where the answer begins; the answer ends with </s>."""
@@ -37,30 +36,30 @@ def prompt_and_answer(tokenizer: Tokenizer, question: Question) -> tuple[list[in
 class Answers:
     """A loader of packed rows in which only the answers are targets."""
 
-    def __init__(self, tokenizer: Tokenizer, asked: list[Question], rows_per_step: int):
+    def __init__(self, tokenizer: Tokenizer, asked: list[Question], rows_per_step: int, row: int = 256):
         self.rows: list[list[tuple[list[int], list[int]]]] = [[]]  # pieces: (inputs, targets)
-        free = ROW
+        self.row, free = row, row
         for question in asked:
             prompt, answer = prompt_and_answer(tokenizer, question)
             inputs, targets = [*prompt, *answer[:-1]], [IGNORE_INDEX] * (len(prompt) - 1) + answer
             if len(inputs) > free:
                 self.rows.append([])
-                free = ROW
+                free = row
             self.rows[-1].append((inputs, targets))
             free -= len(inputs)
-        self.samples_per_step, self.tokens_per_step = rows_per_step, rows_per_step * ROW
+        self.samples_per_step, self.tokens_per_step = rows_per_step, rows_per_step * row
         self.samples_per_epoch = len(self.rows)
 
     def batches(self, cursor: int) -> list[Batch]:
         rows = self.rows[cursor : cursor + self.samples_per_step]
-        tokens = torch.zeros(len(rows), ROW, dtype=torch.int64)
+        tokens = torch.zeros(len(rows), self.row, dtype=torch.int64)
         targets = torch.full_like(tokens, IGNORE_INDEX)
         for row, pieces in enumerate(rows):
             length = sum(len(inputs) for inputs, _ in pieces)
             tokens[row, :length] = torch.tensor([token for inputs, _ in pieces for token in inputs])
             targets[row, :length] = torch.tensor([token for _, aims in pieces for token in aims])
         lengths = [[len(inputs) for inputs, _ in pieces] for pieces in rows]
-        return [Batch(tokens, targets, *torch.from_numpy(number_pieces(lengths, ROW)))]
+        return [Batch(tokens, targets, *torch.from_numpy(number_pieces(lengths, self.row)))]
 
 
 def exact_match(model: minillm.Transformer, tokenizer: Tokenizer, asked: list[Question]) -> dict[str, float]:
@@ -79,15 +78,16 @@ def majority(asked: list[Question], family: str) -> float:
     return max(answers.values()) / sum(answers.values())
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", default="runs/quickstart")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rows", type=int, default=8, help="rows a step")
+    parser.add_argument("--row", type=int, default=256, help="tokens a row")
     parser.add_argument("--asked", type=int, default=600, help="held-out questions")
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--muon_lr", type=float, default=3e-3)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
 
     model, tokenizer = minillm.load(given.run)
     heldout = list(questions(1, given.asked, "heldout"))
@@ -95,7 +95,7 @@ def main() -> None:
     optim = OptimConfig(name="muon", lr=given.lr, muon_lr=given.muon_lr, warmup_steps=given.steps // 10)
     with connect() as dist:
         started = time.perf_counter()
-        loader = Answers(tokenizer, list(questions(0, given.steps * given.rows * 8)), given.rows)
+        loader = Answers(tokenizer, list(questions(0, given.steps * given.rows * 8)), given.rows, given.row)
         steps = min(given.steps, len(loader.rows) // given.rows)
         trainer = Trainer(
             model.train(),
