@@ -8,6 +8,7 @@ Shapes: B batch, T time.
 """
 
 from functools import partial
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -15,6 +16,14 @@ from minillm.data.batch import Batch
 from minillm.losses import IGNORE_INDEX, chunked_cross_entropy
 
 Metrics = dict[str, tuple[Tensor | float, Tensor | int]]
+
+
+class Objective(Protocol):
+    """What is minimised: how many units a batch has, and the loss and metrics summed over them."""
+
+    def count(self, batch: Any) -> int: ...
+
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]: ...
 
 
 class NextToken:

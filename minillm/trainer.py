@@ -6,6 +6,7 @@ It knows no model, data, loss or evaluation, only callables; `Trainer.step` is t
 import contextlib
 import math
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from minillm import checkpoint
 from minillm.distributed.context import Context, best_precision, peak_memory
 from minillm.distributed.parallelize import parameter_names
 from minillm.log import LOGGER, Clock, RunLog
+from minillm.objectives import Objective
 from minillm.optim import clip_grad_norm_, optimizer_tensors
 from minillm.run import RunDirectory
 
@@ -43,13 +45,6 @@ class TrainConfig:
     save_every: Annotated[int | None, "steps between checkpoints; none: five a run", ">= 1"] = None
     keep_last: Annotated[int, "checkpoints kept", ">= 1"] = 2
     max_bad_steps: Annotated[int, "non-finite steps in a row after which the run stops", ">= 1"] = 10
-
-
-class Objective(Protocol):
-    """What is minimised: `count` units of the batch, and the sum of their losses with (sum, count) metrics."""
-
-    def count(self, batch: Any) -> int: ...
-    def __call__(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, tuple[Any, Any]]]: ...
 
 
 class Loader(Protocol):
@@ -147,6 +142,7 @@ class Trainer:
         self.parameters = parameter_names(model)
         self.progress = Progress()
         self.stop_signal: str | None = None
+        self.unsaved = False  # whether the weights have changed since they were last saved or loaded
         precision = best_precision(dist.device) if config.precision == "auto" else config.precision
         self.dtype = DTYPES[precision]
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=precision == "fp16")
@@ -190,6 +186,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = figures["lr"] * group.get("lr_scale", 1.0)
             self.scaler.step(self.optimizer)
+            self.unsaved = True
             at.bad_steps_in_a_row = 0
         else:
             self.report_skip(figures)
@@ -200,7 +197,7 @@ class Trainer:
             raise NonFiniteError(
                 f"step {at.step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}: not finite for "
                 f"{at.bad_steps_in_a_row} steps in a row (train.max_bad_steps), at learning rate {figures['lr']:g}; "
-                "the weights saved are those before them. Lower optim.lr or lengthen optim.warmup_steps"
+                "the weights are those before them. Lower optim.lr or lengthen optim.warmup_steps"
             )
         return figures
 
@@ -236,7 +233,8 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the end, to a signal, or to max_hours; evaluate, log and save on the way. Returns the summary.
 
-        SIGTERM or Ctrl-C ends the step under way, saves, and returns; a second Ctrl-C interrupts at once.
+        SIGTERM or Ctrl-C ends the step under way, saves, and returns; a second Ctrl-C interrupts at once. Each step
+        that is saved has a row of metrics, so that between two rows all steps took equally many samples.
         """
         at, config = self.progress, self.config
         eval_every = config.eval_every or math.ceil(self.steps / 10)
@@ -252,20 +250,31 @@ class Trainer:
                     with clock.running():
                         figures = self.step()
                 except NonFiniteError:
-                    self.save_if_kept()
+                    if self.unsaved:
+                        figures = dict.fromkeys(("loss", "lr", "grad_norm"))
+                        self.report(log, self.row(figures, clock), evaluate=False)
+                        self.save_if_kept(keep_last=0)  # a run that diverges evicts nothing
                     raise
                 at.seconds += clock.last
                 log.advance()
                 evaluate = self.evaluate is not None and (at.step % eval_every == 0 or self.over())
-                if evaluate or at.step % self.log_every == 0 or self.over():
-                    row = {"step": at.step, "tokens": at.tokens, **figures, **clock.speed(at.tokens)}
-                    self.report(log, row | {"time": round(at.seconds, 3)}, evaluate)
-                if at.step % save_every == 0:
+                save = self.unsaved and at.step % save_every == 0  # what is saved already evicts nothing
+                if evaluate or save or at.step % self.log_every == 0 or self.over():
+                    self.report(log, self.row(figures, clock), evaluate)
+                if save:
                     self.save_if_kept()
                     saved_at = at.step
             if at.step != saved_at or at.unevaluated:
+                if log.last.get("step") != at.step and not at.unevaluated:  # a signal came between two rows
+                    self.report(log, self.row(figures, clock), evaluate=False)
                 self.save_if_kept()
-            return self.finish(log.last, clock)
+            return self.finish(at.unevaluated or log.last, clock)
+
+    def row(self, figures: dict[str, float], clock: Clock) -> dict[str, Any]:
+        """A row of metrics of the step that was made last."""
+        at = self.progress
+        row = {"step": at.step, "tokens": at.tokens, **figures, **clock.speed(at.tokens)}
+        return row | {"time": round(at.seconds, 3)}
 
     def over(self) -> bool:
         """True at the last step, and when the hours are over."""
@@ -284,7 +293,8 @@ class Trainer:
                 at.unevaluated = row
                 return
             row = row | {key: figures[key] for key in ("val_loss", "val_bpb") if key in figures}
-            if math.isfinite(row["val_loss"]) and row["val_loss"] < (at.best_val_loss or math.inf):
+            best = math.inf if at.best_val_loss is None else at.best_val_loss
+            if math.isfinite(row["val_loss"]) and row["val_loss"] < best:
                 at.best_val_loss, at.best_step = row["val_loss"], at.step
         log.write(row)
 
@@ -296,9 +306,11 @@ class Trainer:
     def finish(self, row: dict[str, Any], clock: Clock) -> dict[str, Any]:
         """Write and return the summary of the run."""
         at = self.progress
+        finished = self.over() and not at.unevaluated
+        limit = "the end" if at.step >= self.steps else "train.max_hours"
         summary = {
-            "finished": self.over() and not at.unevaluated,
-            "stopped_by": self.stop_signal or ("train.max_steps" if at.step >= self.steps else "train.max_hours"),
+            "finished": finished,
+            "stopped_by": limit if finished else self.stop_signal,
             **row,
             **{key: getattr(at, key) for key in ("step", "tokens", "best_val_loss", "best_step", "skipped_steps")},
             "hours": round(at.seconds / 3600, 4),
@@ -312,7 +324,13 @@ class Trainer:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Turn the first SIGTERM or Ctrl-C into a request to stop after the step under way."""
+        """Turn the first SIGTERM or Ctrl-C into a request to stop after the step under way.
+
+        In another thread than the main one Python allows no handlers, and whoever started the thread has its own.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def request(number: int, _: Any) -> None:
             if self.stop_signal and number == signal.SIGINT:
@@ -333,20 +351,23 @@ class Trainer:
         """Every tensor of the run by name: the parameters, and the optimizer's state of each."""
         return dict(self.parameters) | optimizer_tensors(self.optimizer, self.parameters)
 
-    def save_if_kept(self) -> None:
+    def save_if_kept(self, keep_last: int | None = None) -> None:
         """Commit a checkpoint where the run has a directory."""
         if self.run:
-            self.save()
+            self.save(keep_last)
 
-    def save(self) -> Path:
-        """Commit a checkpoint of this step; returns its directory."""
+    def save(self, keep_last: int | None = None) -> Path:
+        """Commit a checkpoint of this step; returns its directory. `keep_last`: None as configured, 0 for all."""
         state = {
             "progress": vars(self.progress),
             "scaler": self.scaler.state_dict(),
             "config": self.config_dict,
             **self.identity,
         }
-        return checkpoint.save(self.run.checkpoints, self.progress.step, self.tensors(), state, self.config.keep_last)
+        keep_last = self.config.keep_last if keep_last is None else keep_last
+        path = checkpoint.save(self.run.checkpoints, self.progress.step, self.tensors(), state, keep_last)
+        self.unsaved = False
+        return path
 
     def resume(self, path: str | Path) -> None:
         """Continue from a checkpoint. Raises ValueError when it is damaged or of another model, tokenizer or data."""
@@ -359,6 +380,7 @@ class Trainer:
         if changed:
             raise ValueError(f"{path}: another run than the one to be continued: {'; '.join(changed)}")
         checkpoint.load_tensors(path, self.tensors())
-        self.progress = Progress(**state["progress"])
-        if self.scaler.is_enabled():
+        self.progress = Progress(**state["progress"] | {"bad_steps_in_a_row": 0})  # or one more would stop it again
+        self.unsaved = False
+        if self.scaler.is_enabled() and state["scaler"]:  # empty where the run was in another precision
             self.scaler.load_state_dict(state["scaler"])

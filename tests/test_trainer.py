@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -37,6 +38,17 @@ class Rows:
         return [
             tuple(t[i : i + self.micro_batch_size] for t in (x, y, counted)) for i in range(0, 6, self.micro_batch_size)
         ]
+
+
+class Interrupted(Rows):
+    """Rows during whose fifth step a signal comes."""
+
+    number = signal.SIGTERM
+
+    def batches(self, cursor):
+        if cursor == 4 * self.samples_per_step:
+            os.kill(os.getpid(), self.number)
+        return super().batches(cursor)
 
 
 class SquaredError:
@@ -165,10 +177,36 @@ def test_too_many_non_finite_steps_stop_the_run_with_a_report_and_a_checkpoint(t
         trainer.fit()
     assert "step 4: the loss is nan; skipped" in caplog.text
     saved = checkpoint.latest(tmp_path / "checkpoints")
-    assert saved.name == "step-00000007"
+    assert saved.name == "step-00000005"  # as good as any later one: its weights are those after step 3
     good = make_trainer(tmp_path)
     good.resume(saved)
     assert all(tensor.isfinite().all() for tensor in good.tensors().values())
+
+
+def restart(path, trainer):
+    """What an automatic restart does: continue from the newest checkpoint; returns the names of those there are then."""
+    if newest := checkpoint.latest(path / "checkpoints"):
+        trainer.resume(newest)
+    with pytest.raises(NonFiniteError):
+        trainer.fit()
+    return sorted(folder.name for folder in (path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("save_every", [3, 5, 6])
+def test_a_run_that_diverges_again_and_again_keeps_its_checkpoints(tmp_path, save_every):
+    """Also where steps of a checkpoint are among the bad ones."""
+    make_trainer(prepared(tmp_path), steps=11, save_every=save_every).fit()
+    good = {path.name for path in checkpoint.candidates(tmp_path / "checkpoints")}
+    options = {"loader": Rows(poison=range(13, 999)), "steps": 999, "save_every": save_every, "max_bad_steps": 4}
+    first = restart(tmp_path, make_trainer(tmp_path, **options))
+    assert len(first) >= len(good)
+    made = []
+    for _ in range(3):
+        trainer = make_trainer(tmp_path, **options)
+        assert restart(tmp_path, trainer) == first
+        made.append(trainer.progress.step)
+    assert made == [made[0]] * 3
+    assert trainer.progress.bad_steps_in_a_row == 4  # as many as are allowed, each time
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
@@ -193,13 +231,9 @@ def test_a_step_without_targets_is_skipped():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_returns(tmp_path, number):
-    class Interrupted(Rows):
-        def batches(self, cursor):
-            if cursor == 4 * self.samples_per_step:
-                os.kill(os.getpid(), number)
-            return super().batches(cursor)
-
-    trainer = make_trainer(prepared(tmp_path), loader=Interrupted())
+    loader = Interrupted()
+    loader.number = number
+    trainer = make_trainer(prepared(tmp_path), loader=loader)
     summary = trainer.fit()
     assert (summary["finished"], summary["stopped_by"], summary["step"]) == (False, signal.Signals(number).name, 5)
     assert checkpoint.latest(tmp_path / "checkpoints").name == "step-00000005"
@@ -233,6 +267,56 @@ def test_fp16_scales_the_loss_and_survives_an_overflow():
     assert summary["loss"] < first
     assert 0 < summary["skipped_steps"] < 50
     assert all(tensor.dtype == torch.float32 for tensor in trainer.tensors().values())
+
+
+def test_a_run_in_fp32_goes_on_in_fp16(tmp_path):
+    make_trainer(prepared(tmp_path), steps=5).fit()
+    again = make_trainer(tmp_path, precision="fp16")
+    again.resume(checkpoint.latest(tmp_path / "checkpoints"))
+    assert again.fit()["step"] == STEPS
+
+
+def test_fit_works_outside_the_main_thread():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(make_trainer().fit).result()["step"] == STEPS
+
+
+def test_the_end_of_a_run_is_named_for_what_is_known_of_it():
+    assert make_trainer(max_steps=None, max_tokens=6 * STEPS).fit()["stopped_by"] == "the end"
+
+
+def test_a_best_of_nothing_is_beaten_by_no_loss(tmp_path):
+    losses = iter([0.0, 1.0, 2.0])
+    summary = make_trainer(evaluate=lambda _: {"val_loss": next(losses), "val_bpb": 1.0}).fit()
+    assert (summary["best_val_loss"], summary["best_step"]) == (0.0, 4)
+
+
+def test_a_stop_between_two_rows_writes_one_and_the_summary_is_of_it(tmp_path):
+    whole, stopped = (
+        make_trainer(prepared(tmp_path / name), loader=loader, log_every=log_every)
+        for name, loader, log_every in (("a", Rows(), 1), ("b", Interrupted(), 3))
+    )
+    whole.fit()
+    summary = stopped.fit()
+    rows = read_metrics(tmp_path / "b" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [3, 5]
+    assert summary["step"] == 5
+    assert summary["loss"] == rows[-1]["loss"] == read_metrics(tmp_path / "a" / "metrics.jsonl")[4]["loss"]
+
+
+def test_each_checkpoint_has_a_row(tmp_path):
+    make_trainer(prepared(tmp_path), log_every=4, keep_last=9).fit()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [4, 5, 8, 10, 12]
+
+
+def test_a_stop_during_an_evaluation_is_summed_up_by_its_own_step(tmp_path):
+    def interrupted(raise_if_stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise_if_stopped()
+
+    summary = make_trainer(prepared(tmp_path), evaluate=interrupted, log_every=3).fit()
+    whole = make_trainer(steps=4)
+    assert (summary["step"], summary["loss"]) == (4, whole.fit()["loss"])
 
 
 def test_hours_end_a_run(tmp_path):

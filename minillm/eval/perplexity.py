@@ -7,23 +7,14 @@ they divide by the bytes of the text itself.
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from minillm.data.batch import Batch
 from minillm.losses import IGNORE_INDEX
-from minillm.objectives import Metrics
+from minillm.objectives import Objective
 from minillm.tokenizer import Tokenizer
-
-
-class Objective(Protocol):
-    """How many units a batch has, and the loss and metrics summed over them."""
-
-    def count(self, batch: Batch) -> int: ...
-
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]: ...
 
 
 def evaluate(
