@@ -25,7 +25,7 @@ from minillm.data.corpus import content_hash, corpus_bytes, open_corpus
 from minillm.data.loader import Loader, eval_batches
 from minillm.data.store import Prepared, TokenStore
 from minillm.distributed.context import Context, best_precision, connect, peak_flops
-from minillm.distributed.parallelize import ParallelConfig, parallelize
+from minillm.distributed.parallelize import parallelize
 from minillm.eval.perplexity import evaluate, token_byte_lengths
 from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
@@ -56,7 +56,6 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):

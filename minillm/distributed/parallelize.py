@@ -3,18 +3,10 @@
 The model knows nothing of it; it only has to offer `blocks`, each with an `attn`.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How the model is spread over processes."""
-
-    strategy: Annotated[Literal["auto"], "how ranks share the model; one process has nothing to share"] = "auto"
 
 
 def parallelize(
