@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -18,6 +19,9 @@ from tqdm import tqdm
 from minillm.files import explained, write_atomically
 
 LOGGER = logging.getLogger("minillm")
+# What torch's allocators say of each device. By their words, because a class of torch's own, which only some of them
+# raise, would cost its import here.
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,15 @@ def average(points: Sequence[tuple[int, float]], width: int) -> list[tuple[int, 
     return [(column[-1][0], sum(loss for _, loss in column) / len(column)) for column in columns.values()]
 
 
+def out_of_memory(error: Exception) -> str:
+    """One line for the error of an allocator, which may have many."""
+    amount = re.search(r"allocate ([\d.]+ \w+)", str(error))
+    return (
+        f"out of memory{f' ({amount[1]} more were needed)' if amount else ''}; to train in less, lower "
+        "train.micro_batch_size, set train.activation_checkpointing to full, or choose a smaller model"
+    )
+
+
 def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Run a command and return its exit code: 0, or 1 after one line on standard error (`--debug`: the traceback)."""
     debug = "--debug" in argv
@@ -201,10 +214,11 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
         # the reader of our output left (`| head`): not an error; and nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, MemoryError) as error:
-        if debug:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        memory = isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))
+        if debug or (isinstance(error, RuntimeError) and not memory):
             raise
-        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+        print(f"error: {out_of_memory(error) if memory else error or type(error).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

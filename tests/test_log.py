@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from minillm.log import Clock, RunLog, curve, read_metrics, run_command
 
@@ -84,3 +85,40 @@ def test_a_mistake_is_one_line_and_a_non_zero_exit(capsys):
     with pytest.raises(ValueError, match="broken"):
         run_command(fail, ["--debug"])
     assert run_command(lambda argv: None, []) == 0
+
+
+def fill_the_memory(argv):
+    torch.empty(2**50)
+
+
+def fill_a_device(argv):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79 GiB.\nOf the allocated")
+
+
+def fill_python(argv):
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("command", "amount"),
+    [
+        (fill_the_memory, " (4503599627370496 bytes more were needed)"),
+        (fill_a_device, " (20.00 GiB more were needed)"),
+        (fill_python, ""),
+    ],
+)
+def test_a_lack_of_memory_is_one_line_that_names_what_helps(capsys, command, amount):
+    assert run_command(command, []) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: out of memory{amount}; to train in less, lower train.micro_batch_size, ")
+    assert error.count("\n") == 1
+    with pytest.raises((RuntimeError, MemoryError)):
+        run_command(command, ["--debug"])
+
+
+def test_another_error_of_the_program_is_no_lack_of_memory():
+    def fail(argv):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_command(fail, [])
