@@ -6,6 +6,7 @@ restart after a power cut, sees the old content or the new, never a part.
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
+from weakref import WeakSet
 
 
 class BusyError(ValueError):
@@ -53,6 +56,7 @@ def fsync_directory(path: str | Path) -> None:
 def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Replace a file's content in one step. Raises ValueError when the disk is full or the place read-only."""
     path = Path(path)
+    remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with explained(path), open(temporary, "wb") as file:
@@ -64,6 +68,26 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     finally:
         with suppress(OSError):  # what went wrong is already on its way
             temporary.unlink()
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what writers of a file that died before their rename have left beside it."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = leftover.suffixes[-2][1:]
+        if process.isdigit() and not is_alive(int(process)):
+            with suppress(OSError):  # it is in nobody's way
+                leftover.unlink()
+
+
+def is_alive(process: int) -> bool:
+    """True when a process of that id exists."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextmanager
@@ -133,6 +157,20 @@ def concerns(error: OSError, path: str | Path) -> bool:
     return named.is_relative_to(target.parent) or target.is_relative_to(named)
 
 
+# The lock files that are open, in one set for the whole process: a forked child inherits them all, and must close them
+# so as not to hold a lock when we are dead. Weak, so that a file is here no longer than it is anywhere.
+OPEN_LOCKS: WeakSet[IO[str]] = WeakSet()
+
+
+def close_locks() -> None:
+    """Close what a forked child has inherited."""
+    for file in list(OPEN_LOCKS):
+        file.close()
+
+
+os.register_at_fork(after_in_child=close_locks)
+
+
 @contextmanager
 def locked(path: str | Path, wait: bool = False) -> Iterator[None]:
     """Hold a lock file. The kernel lets go of it when the holder dies, so a lock is never stale.
@@ -143,8 +181,8 @@ def locked(path: str | Path, wait: bool = False) -> Iterator[None]:
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed below; closing is what releases the lock)
+    OPEN_LOCKS.add(file)
     with file:
-        os.register_at_fork(after_in_child=file.close)  # a forked child must not hold the lock when we are dead
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -1,6 +1,7 @@
 """Files are whole or not there, whatever happens in between."""
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -240,6 +241,16 @@ for i in range(10**9):
     assert names(tmp_path / "d") == ["last"]
 
 
+def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    theirs = [f".a.txt.{os.getppid()}.tmp", f".b.txt.{dead.pid}.tmp", ".a.txt.notes.tmp"]
+    for name in (*theirs, f".a.txt.{dead.pid}.tmp"):
+        (tmp_path / name).write_text("half")
+    write_atomically(tmp_path / "a.txt", "whole")
+    assert names(tmp_path) == sorted([*theirs, "a.txt"])
+
+
 HOLD = """
 with files.locked(sys.argv[1]):
     print("ready", flush=True)
@@ -288,6 +299,14 @@ time.sleep(60)
             pass
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_many_locks_leave_nothing_behind(tmp_path):
+    for _ in range(5):
+        with locked(tmp_path / "lock"):
+            assert len(files.OPEN_LOCKS) == 1
+        gc.collect()
+        assert len(files.OPEN_LOCKS) == 0
 
 
 def test_a_lock_is_free_again_after_its_block_also_after_an_error(tmp_path):

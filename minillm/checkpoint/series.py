@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minillm.checkpoint.folder import verify, write
-from minillm.files import atomic_directory, explained, fsync_directory
+from minillm.files import atomic_directory, explained, fsync_directory, is_alive
 
 CHECKPOINT = re.compile(r"step-(\d{8,})(\.old)?")
 TEMPORARY = re.compile(r"\.step-\d{8,}(?:\.old)?\.(\d+)\.tmp")
@@ -105,14 +105,3 @@ def remove_leftovers(directory: Path) -> None:
         if name and (int(name[1]) == os.getpid() or not is_alive(int(name[1]))):
             logger.info("%s: removed, the save that it belongs to never finished", path)
             shutil.rmtree(path, ignore_errors=True)
-
-
-def is_alive(process: int) -> bool:
-    """True when a process of that id exists."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
