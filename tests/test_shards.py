@@ -1,5 +1,6 @@
 """Prepared tokens: what is held out, reuse, the same bytes for any number of workers, every damage named."""
 
+import dataclasses
 import errno
 import gzip
 import json
@@ -565,6 +566,27 @@ def test_another_tokenizer_is_refused_with_both_hashes(prepared):
         assert "prepared with another tokenizer" in error
         assert BYTES.hash in error
         assert other.hash in error
+
+
+@pytest.mark.parametrize("index", ['["a text"]', '[{"text": "a text"}]', '"a text', ""])
+def test_a_folder_with_an_index_of_its_own_is_text(tmp_path, index):
+    config = setup(tmp_path, "one", name="corpus/a.txt")
+    (tmp_path / "corpus" / "index.json").write_text(index)
+    assert not shards.is_prepared(tmp_path / "corpus")
+    config = dataclasses.replace(config, path=str(tmp_path / "corpus"), val="0")
+    if index == '"a text':
+        with pytest.raises(ValueError, match=r"index\.json:1: a list"):
+            prepare(config, BYTES)
+    else:
+        assert texts_of(prepare(config, BYTES).train) == ["one", *["a text"] * bool(index)]
+
+
+def test_a_damaged_index_is_still_known_for_that_of_tokens(prepared):
+    path = prepared.directory / "index.json"
+    path.write_text(path.read_text()[:-20])
+    assert shards.is_prepared(prepared.directory)
+    with pytest.raises(ValueError, match=r"index\.json:\d+: not valid JSON"):
+        prepare(DataConfig(path=str(prepared.directory)), BYTES)
 
 
 def test_a_folder_that_is_not_prepared_is_refused(tmp_path):

@@ -105,10 +105,21 @@ def test_folders_are_searched_to_the_bottom_in_order(tmp_path):
         ".git/x.txt",
         "README.md",
         "dataset_info.json",
-        "cache/index.json",
     ):
         write(tmp_path / name, "")
     assert [str(p.relative_to(tmp_path)) for p in find_files(tmp_path)] == ["a.jsonl.gz", "b.txt", "sub/deep/c.JSON"]
+
+
+def test_an_index_is_left_out_only_where_it_is_that_of_prepared_tokens(tmp_path):
+    for name, content in {
+        "mine/index.json": '["a text"]',
+        "mine/plan.json": '[{"text": "another"}]',
+        "tokens/index.json": '{\n "format": "minillm tokens 1"}',
+        "tokens/packing-32/plan.json": "{}",
+    }.items():
+        write(tmp_path / name, content)
+    assert [str(p.relative_to(tmp_path)) for p in find_files(tmp_path)] == ["mine/index.json", "mine/plan.json"]
+    assert [text for _, text in whole(find_files(tmp_path))] == ["a text", "another"]
 
 
 def test_globs_and_lists_keep_their_order_and_take_a_file_once(tmp_path):

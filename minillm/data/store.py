@@ -11,6 +11,7 @@ Everything is plain .npy and memory-mapped: opening costs no memory, and numpy.l
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ import numpy as np
 from minillm.files import read_json, sha256
 
 FORMAT = "minillm tokens 1"
+BEGINNING = re.compile(rb'\s*\{\s*"format"\s*:\s*"minillm tokens ')  # of an index.json of ours
 SOURCE = np.dtype([("file", "<u4"), ("line", "<u8")])
 SMALL = 2**26  # bytes: tokens up to 64 MiB are verified in full at every open, some 0.1 s
 SAMPLES = 16  # of larger ones, so many pages of each shard are looked at
@@ -84,9 +86,12 @@ class Prepared(NamedTuple):
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Whether a path is a folder of prepared tokens."""
+    """Whether a path is a folder of prepared tokens, damaged ones included; another index.json is somebody's text."""
     index = Path(path) / "index.json"
-    return index.is_file() and read_json(index).get("format") == FORMAT
+    if not index.is_file():
+        return False
+    with open(index, "rb") as file:
+        return BEGINNING.match(file.read(100)) is not None
 
 
 def open_prepared(directory: str | Path, tokenizer_hash: str | None = None) -> Prepared:

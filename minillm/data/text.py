@@ -23,12 +23,13 @@ from typing import BinaryIO, NamedTuple
 
 from minillm.data.config import DataConfig
 from minillm.data.json_rows import json_list_rows, jsonl_rows, row_texts
+from minillm.data.store import is_prepared
 
 BLOCK = 2**20  # bytes read at a time: 0.2 s of tokenising, so that a process is not kept waiting for its next one
 PIECE = 2**14  # bytes: sentencepiece encodes pieces of 16 KiB three times as fast as one text of 1 MiB
 MAX_ROW = 2**28  # bytes of one JSON row, 256 MiB
 FORMATS = ".txt, .jsonl or .json, or one of these and .gz"
-OTHER = ("dataset_info.json", "index.json", "plan.json", "tokenizer.json")  # no text, but found beside it
+OTHER = ("dataset_info.json", "tokenizer.json")  # no text, but found beside it
 SPACES = b" \t\r\n"
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r\f\v]*\n)+")
 
@@ -96,7 +97,8 @@ def documents(files: Iterable[str | Path], config: DataConfig) -> Iterator[Docum
 def find_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
     """The text files that paths, folders and globs name: in the order given, each once, those of a folder sorted.
 
-    A folder is searched to the bottom for the formats we read; hidden files and those of OTHER are left out.
+    A folder is searched to the bottom for the formats we read; hidden files, those of OTHER and those that describe
+    prepared tokens are left out.
     """
     found: dict[Path, None] = {}
     for one in [path] if isinstance(path, (str, Path)) else path:
@@ -120,9 +122,16 @@ def files_of(path: str) -> list[Path]:
         hint = f"; did you mean {place.parent / close[0]}?" if close else ""
         raise ValueError(f"{path}: no such file or folder{hint}")
     files = [p for p in inside if p.is_file() and text_format(p) is not None and p.name not in OTHER]
+    files = [p for p in files if not describes_tokens(p)]
     if not files:
         raise ValueError(f"{path}: no text there; files must end in {FORMATS}")
     return files
+
+
+def describes_tokens(path: Path) -> bool:
+    """Whether a file is the index of prepared tokens, or that of a packing plan in a folder inside theirs."""
+    homes = {"index.json": path.parent, "plan.json": path.parent.parent}
+    return path.name in homes and is_prepared(homes[path.name])
 
 
 # --- from a file to blocks --------------------------------------------------------------------------------------------
