@@ -63,6 +63,11 @@ def test_a_device_that_is_not_there_is_named():
         find_device("tpu9")
 
 
+def test_a_device_that_holds_no_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"run\.device: 'meta' cannot be used here"):
+        find_device("meta")
+
+
 def test_several_processes_are_refused_in_words(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(ValueError, match="WORLD_SIZE is 8"), connect():

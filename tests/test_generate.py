@@ -366,6 +366,16 @@ def test_tokenizer_that_does_not_fit():
     refused("the tokenizer has 272 tokens, the model 100", vocab_size=100)
 
 
+def test_no_token_is_chosen_that_the_tokenizer_does_not_have():
+    """Vocabularies are padded to round numbers, and such a model has learned nothing of the ids beyond its tokens."""
+    says = [TOKENIZER.vocab_size + 5, TOKENIZER.eos_id]
+    assert generate(Parrot(says, vocab_size=300), TOKENIZER, "p", GREEDY).tokens[0] < TOKENIZER.vocab_size
+    assert (
+        generate(Parrot(says, vocab_size=300), None, [1], SamplingParams(temperature=0, max_new_tokens=1)).tokens
+        == says[:1]
+    )
+
+
 def test_bidirectional_model():
     refused("a bidirectional model", causal=False)
 

@@ -54,7 +54,7 @@ def find_device(name: str) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # the meta device makes tensors, but has no numbers to put into them
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"run.device: {name!r} cannot be used here ({reason}); auto finds what can") from None

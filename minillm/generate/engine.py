@@ -116,9 +116,10 @@ def decode(
     generator.seed() if params.seed is None else generator.manual_seed(params.seed)
     caches = [KVCache(len(prompt) + max_new_tokens) for _ in model.blocks]
     device = next(model.parameters()).device
+    known = tokenizer.vocab_size if tokenizer is not None else None  # a model may have more ids than have a text
     tokens = prompt
     for _ in range(max_new_tokens):
-        logits = next_logits(model, torch.tensor([tokens], device=device), caches)  # (1, V)
+        logits = next_logits(model, torch.tensor([tokens], device=device), caches)[:, :known]  # (1, V)
         token = int(choose(logits, params, torch.rand(1, generator=generator)))
         yield token
         if tokenizer is not None and token == tokenizer.eos_id:
