@@ -65,7 +65,7 @@ def test_a_run_is_finished_only_at_the_step_that_its_summary_is_of(tmp_path):
 
 
 def test_a_directory_without_a_name_is_refused():
-    with pytest.raises(ValueError, match="^dir: is empty; give a directory"):
+    with pytest.raises(ValueError, match=r"^dir: is empty; give a directory"):
         config("")
 
 

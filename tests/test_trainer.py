@@ -184,7 +184,7 @@ def test_too_many_non_finite_steps_stop_the_run_with_a_report_and_a_checkpoint(t
 
 
 def restart(path, trainer):
-    """What an automatic restart does: continue from the newest checkpoint; returns the names of those there are then."""
+    """Continue from the newest checkpoint, as an automatic restart does; returns the names of those there are then."""
     if newest := checkpoint.latest(path / "checkpoints"):
         trainer.resume(newest)
     with pytest.raises(NonFiniteError):
