@@ -25,7 +25,6 @@ from minillm.load import load
 from minillm.log import read_metrics, run_command
 from minillm.run import RunConfig, RunDirectory
 from minillm.tokenizer import TokenizerConfig, describe, load_tokenizer, train_tokenizer
-from minillm.trainer import TrainConfig
 
 
 class Verb(NamedTuple):
@@ -51,7 +50,8 @@ class TokenizerInfo:
     """Options of `tokenizer info`."""
 
     path: Annotated[str, "tokenizer folder or run"]
-    text: Annotated[str | None, "text file to measure it on"] = None
+    text: Annotated[str | None, "text to measure it on: a file, folder or glob; short for data.path"] = None
+    data: DataConfig = field(default_factory=DataConfig)
 
 
 @dataclass(frozen=True)
@@ -92,22 +92,22 @@ class Generate(SamplingParams):
 
 def tokenizer_train(options: TokenizerTrain) -> None:
     """Train a tokenizer on text and save it."""
+    out = Path(options.out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"out: {out} is {'not empty' if out.is_dir() else 'a file'}; choose another folder")
     data = with_path(options.data)
     texts = (document.text for document in documents(find_files(data.path), data))
     tokenizer = train_tokenizer(texts, options.tokenizer)
-    if Path(options.out).is_dir() and any(Path(options.out).iterdir()):
-        raise ValueError(f"out: {options.out} is not empty; choose another folder")
-    tokenizer.save(options.out)
+    tokenizer.save(out)
     print(f"{options.out}\n{describe(tokenizer)}")
 
 
 def tokenizer_info(options: TokenizerInfo) -> None:
     """Say what a tokenizer is, and how well it packs a text."""
-    text = None
-    if options.text is not None:
-        files = find_files(options.text)
-        text = "\n".join(document.text for document in documents(files, DataConfig(path=options.text)))
-    print(describe(load_tokenizer(options.path), text))
+    tokenizer = load_tokenizer(options.path)
+    path = options.text if options.text is not None else options.data.path
+    files = find_files(path) if path is not None else []
+    print(describe(tokenizer, (document.text for document in documents(files, options.data))))
 
 
 def data_prepare(options: DataPrepare) -> None:
@@ -133,24 +133,25 @@ def data_inspect(options: DataInspect) -> None:
         values = {key.partition(".")[2]: value for key, value in saved.items() if key.startswith(f"{name}.")}
         return build(section_class, [Layer(str(run.config), values)])
 
-    data, train = section(DataConfig, "data"), section(TrainConfig, "train")
-    if not (data.seq_len and train.batch_tokens):
-        raise ValueError(f"{run.config}: data.seq_len and train.batch_tokens are needed to know what a step read")
+    data = section(DataConfig, "data")
+    if not data.seq_len:
+        raise ValueError(f"{run.config}: data.seq_len is needed to know what a step read")
     tokenizer = load_tokenizer(run.path)
     prepared = prepare(with_path(data), tokenizer)
     newest = checkpoint.latest(run.checkpoints)
     if newest and checkpoint.read(newest)[0].get("data_hash") != content_hash(prepared):
         raise ValueError(f"{run.path}: the text under {data.path} is no longer that of the run")
+    first, samples_per_step = samples_of(run, options.step, data.seq_len)
     loader = Loader(
         prepared.train,
         seq_len=data.seq_len,
         packing=data.packing,
         micro_batch_size=1,
-        samples_per_step=train.batch_tokens // data.seq_len,
+        samples_per_step=samples_per_step,
         seed=section(RunConfig, "run").seed,
         prefetch=False,
     )
-    lines = inspect_lines(loader, first_sample(run, options.step, loader), tokenizer, options.width)
+    lines = inspect_lines(loader, first, tokenizer, options.width)
     samples = 0
     for line in lines:
         samples += line.startswith("sample ")
@@ -159,13 +160,17 @@ def data_inspect(options: DataInspect) -> None:
         print(line)
 
 
-def first_sample(run: RunDirectory, step: int, loader: Loader) -> int:
-    """The sample that a step began with, counted on from the last row of metrics before it."""
+def samples_of(run: RunDirectory, step: int, seq_len: int) -> tuple[int, int]:
+    """(first sample, number of samples) of a step: between two rows of metrics, all steps took equally many."""
     rows = [{"step": 0, "tokens": 0}, *read_metrics(run.metrics)]
     if step > rows[-1]["step"]:
         raise ValueError(f"step: {run.path} has made {rows[-1]['step']} steps, so there is no step {step}")
-    row = [row for row in rows if row["step"] < step][-1]
-    return row["tokens"] // loader.seq_len + (step - 1 - row["step"]) * loader.samples_per_step
+    after = next(i for i, row in enumerate(rows) if row["step"] >= step)
+    (begin, first), (end, last) = ((row["step"], row["tokens"]) for row in rows[after - 1 : after + 1])
+    samples, rest = divmod(last - first, (end - begin) * seq_len)
+    if rest:
+        raise ValueError(f"step: {run.metrics} does not say where between steps {begin} and {end} the batch changed")
+    return first // seq_len + (step - 1 - begin) * samples, samples
 
 
 def generate_text(options: Generate) -> None:

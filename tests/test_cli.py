@@ -90,6 +90,38 @@ def test_a_tokenizer_is_trained_and_described(workplace, capsys):
     assert "bpe" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("make", "what"), [("mkdir", "not empty"), ("write_text", "a file")])
+def test_a_tokenizer_is_not_trained_for_a_folder_that_cannot_take_it(workplace, capsys, monkeypatch, make, what):
+    monkeypatch.setattr(cli, "train_tokenizer", None)
+    out = workplace / "tok"
+    if make == "mkdir":
+        (out / "inside").mkdir(parents=True)
+    else:
+        out.write_text("")
+    words = ["tokenizer", "train", "tok", "--data.path", "rows.jsonl"]
+    assert f"out: tok is {what}; choose another folder" in failure(capsys, *words)
+
+
+def test_a_long_text_is_measured_exactly(workplace, capsys):
+    """Also where it is read in pieces."""
+    text = "one red hen\n" * 5000
+    (workplace / "long.txt").write_text(text)
+    assert minillm("tokenizer", "train", "tok", "--tokenizer.kind", "byte") == 0
+    capsys.readouterr()
+    assert minillm("tokenizer", "info", "tok", "--text", "long.txt") == 0
+    assert f"{len(text):,} bytes, {len(text):,} characters, {len(text):,} tokens" in capsys.readouterr().out
+
+
+def test_the_field_of_a_text_to_be_measured_can_be_chosen(workplace, capsys):
+    """As the error for a row without the usual one says."""
+    (workplace / "bodies.jsonl").write_text('{"body": "one red hen"}\n')
+    assert minillm("tokenizer", "train", "tok", "--tokenizer.kind", "byte") == 0
+    words = ["tokenizer", "info", "tok", "--text", "bodies.jsonl"]
+    assert "set data.text_field" in failure(capsys, *words)
+    assert minillm(*words, "--data.text_field", "body") == 0
+    assert "11 tokens" in capsys.readouterr().out
+
+
 def test_data_is_prepared_once_and_described(workplace, capsys):
     words = ["--data.path", "rows.jsonl", "--tokenizer.kind", "byte"]
     assert minillm("data", "prepare", *words) == 0
@@ -120,15 +152,30 @@ def test_inspect_refuses_a_step_that_was_not_made_and_text_that_changed(workplac
     assert "is no longer that of the run" in failure(capsys, "data", "inspect", run_dir)
 
 
-def test_inspect_follows_a_run_whose_batches_changed(run_dir, capsys):
+@pytest.mark.parametrize("log_every", [1, 2, 10])
+def test_inspect_follows_a_run_whose_batches_changed(workplace, capsys, log_every):
+    """Also where the change fell between two rows of metrics that the settings ask for."""
+    assert run_command(train.main, ["config.toml", "--log.every", str(log_every)]) == 0
     words = ["--run.dir", "run", "--run.resume", "auto", "--train.max_steps", "5", "--train.batch_tokens", "128"]
     assert run_command(train.main, words) == 0
-    first = {}
+    samples = {}
     for step in range(1, 6):
         capsys.readouterr()
-        assert minillm("data", "inspect", run_dir, "--step", step) == 0
-        first[step] = int(capsys.readouterr().out.split(":")[0].removeprefix("sample "))
-    assert first == {1: 0, 2: 4, 3: 8, 4: 12, 5: 20}
+        assert minillm("data", "inspect", "run", "--step", step, "--rows", 99) == 0
+        lines = capsys.readouterr().out.splitlines()
+        samples[step] = [
+            int(line.split(":")[0].removeprefix("sample ")) for line in lines if line.startswith("sample ")
+        ]
+    sizes = {1: (0, 4), 2: (4, 8), 3: (8, 12), 4: (12, 20), 5: (20, 28)}
+    assert samples == {step: list(range(*size)) for step, size in sizes.items()}
+
+
+def test_inspect_refuses_to_guess_where_the_batch_changed(run_dir, capsys):
+    rows = [{"step": 2, "tokens": 128}, {"step": 5, "tokens": 128 + 64 + 2 * 128}]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "does not say where between steps 2 and 5 the batch changed" in failure(
+        capsys, "data", "inspect", run_dir, "--step", 4
+    )
 
 
 def test_generation_continues_the_prompt_and_repeats_under_a_seed(run_dir, capsys):

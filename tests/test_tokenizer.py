@@ -410,6 +410,12 @@ def test_description_holds_what_a_person_asks_for(tokenizer):
         assert expected in lines
     assert f"{len(text.encode())} bytes, {len(text)} characters, {len(tokenizer.encode(text))} tokens" in lines
     assert "round trip" not in describe(tokenizer)
+    once, twice = (describe(tokenizer, texts).splitlines()[-1:] for texts in (text, iter([text, text])))
+    assert once == twice
+    n_tokens = sum(len(tokenizer.encode(part)) for part in (text, "hen", ""))
+    assert f"{len(text.encode()) + 3} bytes, {len(text) + 3} characters, {n_tokens} tokens" in describe(
+        tokenizer, [text, "hen", ""]
+    )
 
 
 # ---- real text

@@ -289,21 +289,26 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             raise ValueError(f"{description}: kind {kind!r} is unknown; this version reads bpe, char and byte")
 
 
-def describe(tokenizer: Tokenizer, text: str = "") -> str:
-    """Lines for a person: kind, size, hash, special tokens and, given a text, how many tokens it takes."""
+def describe(tokenizer: Tokenizer, texts: str | Iterable[str] = ()) -> str:
+    """Lines for a person: kind, size, hash, special tokens and, given a text or many, how many tokens they take."""
     facts = {
         "kind": tokenizer.kind,
         "vocabulary": f"{tokenizer.vocab_size:,} ids",
         "hash": tokenizer.hash,
         "special tokens": "  ".join(f"{id} {name}" for name, id in tokenizer.special_tokens.items()),
     }
-    if text:
+    n_bytes = n_characters = n_tokens = 0
+    used, exact = set(), True
+    for text in [texts] if isinstance(texts, str) else texts:
         ids = tokenizer.encode(text)
-        n_bytes = len(text.encode())
+        n_bytes, n_characters, n_tokens = n_bytes + len(text.encode()), n_characters + len(text), n_tokens + len(ids)
+        used.update(ids)
+        exact &= tokenizer.decode(ids) == text
+    if n_tokens:
         facts |= {
-            "text": f"{n_bytes:,} bytes, {len(text):,} characters, {len(ids):,} tokens",
-            "a token holds": f"{n_bytes / len(ids):.2f} bytes, {len(text) / len(ids):.2f} characters",
-            "ids used": f"{len(set(ids)):,} of {tokenizer.vocab_size:,}",
-            "round trip": "exact" if tokenizer.decode(ids) == text else "NOT EXACT",
+            "text": f"{n_bytes:,} bytes, {n_characters:,} characters, {n_tokens:,} tokens",
+            "a token holds": f"{n_bytes / n_tokens:.2f} bytes, {n_characters / n_tokens:.2f} characters",
+            "ids used": f"{len(used):,} of {tokenizer.vocab_size:,}",
+            "round trip": "exact" if exact else "NOT EXACT",
         }
     return "\n".join(f"{name:<15} {fact}" for name, fact in facts.items())
