@@ -404,6 +404,10 @@ def kill_and_resume(workplace, kills, seed):
     About half of the moments are counted from the start of the process (imports, reading, loading the checkpoint), the
     others from its first step. Returns how many of the kills fell inside a save.
     """
+
+    def unfinished(process):
+        return any((workplace / "runs/small/checkpoints").glob(f".step-*.{process.pid}.tmp"))
+
     inside, start_up = 0, 0.0
     end = ["--train.max_steps", 60, "--train.save_every", 1, "--train.eval_every", 20]
     assert run("--run.dir", "runs/whole", *end) == 0
@@ -419,9 +423,12 @@ def kill_and_resume(workplace, kills, seed):
                     time.sleep(0.005)
                 start_up = time.perf_counter() - begin
                 time.sleep(moments.uniform(0, 0.1))
+                wait = moments.random() < 0.5  # for a save, which is soon over
+                while wait and process.poll() is None and not unfinished(process):
+                    pass
             process.kill()
             process.communicate()
-        inside += any((workplace / "runs/small/checkpoints").glob(".step-*"))
+        inside += unfinished(process)
         if process.returncode == 0:  # it was faster than the kill: both runs go on a little
             end[1] += 30
             assert run("--run.dir", "runs/whole", "--run.resume", "auto", *end) == 0
