@@ -34,7 +34,7 @@ from minillm.model.config import ModelSection
 from minillm.model.init import init_weights
 from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
-from minillm.optim import OptimConfig, build_optimizer, lr_at
+from minillm.optim import OptimConfig, build_optimizer, lr_at, warmup_steps
 from minillm.plan import count_parameters, flops_per_token, micro_batch_size, optimizer_for, recommend
 from minillm.recipe import earlier, earlier_run, preset_layer, read_layers, starting_point, without_limits
 from minillm.run import RunConfig, RunDirectory, open_run
@@ -188,10 +188,7 @@ def make_trainer(
         eval_every=train.eval_every or math.ceil(steps / 10),
         save_every=train.save_every or math.ceil(steps / 5),
     )
-    optim = dataclasses.replace(
-        config.optim,
-        warmup_steps=min(100, steps // 10) if config.optim.warmup_steps is None else config.optim.warmup_steps,
-    )
+    optim = dataclasses.replace(config.optim, warmup_steps=warmup_steps(config.optim, steps), warmup_ratio=None)
     log = dataclasses.replace(config.log, every=config.log.every or max(1, steps // ROWS_OF_METRICS))
     section = ModelSection(**dataclasses.asdict(model_config), preset=config.model.preset)
     data = dataclasses.replace(data, val=prepared.info["settings"]["val"])

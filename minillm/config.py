@@ -219,13 +219,22 @@ def checked(field: Field, value: Any) -> Any:
     try:
         value = convert(value, field.type)
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"is {value!r}; {describe(field.type)} is expected") from None
+        raise ValueError(
+            f"is {value!r}{nearest_choice(value, field.type)}; {describe(field.type)} is expected"
+        ) from None
     if value is not None and field.range:
         for comparison in field.range.split(","):
             sign, bound = comparison.split()
             if not COMPARISONS[sign](value, float(bound)):
                 raise ValueError(f"is {value}; it must be {field.range}")
     return value
+
+
+def nearest_choice(value: Any, type_: Any) -> str:
+    """ " (did you mean …?)" for the likeliest of the words that a field takes; nothing where none is near."""
+    choices = [str(choice) for choice in typing.get_args(type_) if typing.get_origin(type_) is Literal]
+    close = difflib.get_close_matches(str(value).lower(), choices, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def convert(value: Any, type_: Any) -> Any:

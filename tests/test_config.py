@@ -134,7 +134,7 @@ def test_combinations_of_sections_are_checked():
         (["--model.dim", "1.5"], "is '1.5'; a whole number is expected"),
         (["--optim.warmup_steps", "true"], "a whole number or none is expected"),
         (["--optim.fused=maybe"], "is 'maybe'; true or false is expected"),
-        (["--optim.name", "adam"], "is 'adam'; one of adamw, muon is expected"),
+        (["--optim.name", "sgd"], "is 'sgd'; one of adamw, muon is expected"),
         (["--optim.betas", "1"], "a list of numbers is expected"),
         (["--lr", "1"], "lr is not a field; did you mean optim.lr?"),
     ],
@@ -199,3 +199,8 @@ def test_a_required_field_left_out_is_named():
 
     with pytest.raises(ConfigError, match="run is missing"):
         build(Verb, [])
+
+
+def test_a_misspelled_choice_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"optim\.name is 'adammw' \(did you mean adamw\?\); one of adamw, muon"):
+        build(Config, [Layer("command line", {"optim.name": "adammw"})])

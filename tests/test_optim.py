@@ -6,21 +6,25 @@ import pytest
 import torch
 from torch import nn
 
-from minillm import optim
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.optim import (
+    OPTIMIZERS,
+    Lamb,
     Muon,
     OptimConfig,
+    build,
     build_optimizer,
     clip_grad_norm_,
     lr_at,
-    newton_schulz,
+    muon,
     optimizer_tensors,
-    orthogonalized,
     param_groups,
+    warmup_steps,
 )
+from minillm.optim.muon import newton_schulz, orthogonalized
 
+NAMES = list(OPTIMIZERS)
 SMALL = ModelConfig(
     vocab_size=50, dim=16, n_layers=1, n_heads=2, ffn_dim=24, max_seq_len=8, tie_embeddings=False, qkv_bias=True
 )
@@ -87,6 +91,17 @@ def test_the_rate_rises_then_falls_and_never_leaves_its_range(schedule, warmup_s
         assert rates[max_steps - 1] == rates[-1] == 1e-5
 
 
+def test_inverse_square_root_falls_from_the_warm_up_on_and_stops_at_the_floor():
+    inverse = config(lr=1.0, warmup_steps=9, schedule="inverse_sqrt", min_lr=0.25)
+    assert [lr_at(step, inverse, 1000) for step in (0, 9, 39, 89, 999)] == pytest.approx([0.1, 1, 0.5, 1 / 3, 0.25])
+
+
+def test_warm_up_may_be_a_share_of_the_run():
+    assert warmup_steps(config(warmup_steps=None, warmup_ratio=0.03), 1000) == 30
+    assert warmup_steps(config(warmup_steps=7), 1000) == 7
+    assert [warmup_steps(config(warmup_steps=None), steps) for steps in (50, 10_000)] == [5, 100]
+
+
 def test_cosine_is_a_cosine():
     optim_config = config(lr=1.0, warmup_steps=0)
     rates = [lr_at(step, optim_config, 11) for step in range(11)]
@@ -106,8 +121,15 @@ def test_an_open_field_is_named_when_it_is_needed(field):
 
 
 def test_impossible_combinations_are_reported_together():
-    with pytest.raises(ValueError, match=r"min_lr: 0\.1 is above lr 0\.01.*\nmuon_lr: 0.02 has no effect"):
-        OptimConfig(lr=0.01, min_lr=0.1, muon_lr=0.02)
+    with pytest.raises(ValueError, match=r"min_lr: 0\.1 is above lr 0\.01.*\nmuon_lr: 0.02 has no effect") as error:
+        OptimConfig(lr=0.01, min_lr=0.1, muon_lr=0.02, momentum=0.9, warmup_steps=1, warmup_ratio=0.1, lr_scales=["x"])
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == [
+        "min_lr",
+        "muon_lr",
+        "momentum",
+        "warmup_ratio",
+        "lr_scales",
+    ]
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
@@ -201,6 +223,89 @@ def test_the_fused_kernel_is_used_where_there_is_one(monkeypatch):
         train(model, optimizer, 1)
 
 
+# --- the others -------------------------------------------------------------------------------------------------------
+
+ADAM = {"betas": (0.8, 0.9), "eps": 1e-6}
+REFERENCES = {
+    "adam": lambda groups: torch.optim.Adam(groups, lr=1e-2, **ADAM),
+    "adamax": lambda groups: torch.optim.Adamax(groups, lr=1e-2, **ADAM),
+    "nadam": lambda groups: torch.optim.NAdam(groups, lr=1e-2, **ADAM),
+    "adagrad": lambda groups: torch.optim.Adagrad(groups, lr=1e-2, eps=1e-6),
+    "adadelta": lambda groups: torch.optim.Adadelta(groups, lr=1e-2, rho=0.9, eps=1e-6),
+    "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=1e-2, alpha=0.9, eps=1e-6, momentum=0.7),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.7),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_twenty_steps_equal_torchs(name):
+    model = transformer()
+    reference = copy.deepcopy(model)
+    momentum = {"momentum": 0.7} if name in ("rmsprop", "sgd") else {}
+    optimizer = build_optimizer(model, config(name=name, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1, **momentum))
+    matrices = [p for n, p in reference.named_parameters() if p.ndim == 2 and n != "embed.weight"]
+    others = [p for n, p in reference.named_parameters() if p.ndim != 2 or n == "embed.weight"]
+    expected = REFERENCES[name]([{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}])
+    train(model, optimizer, 20)
+    train(reference, expected, 20)
+    for p, q in zip(model.parameters(), reference.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_lamb_follows_the_equations_of_its_paper():
+    """Algorithm 2 of You et al. 2020, number by number in float64."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(3, 4, generator=generator, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)]
+    parameters = [nn.Parameter(w.clone()) for w in weights]
+    optimizer = Lamb([{"params": parameters}], lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
+    moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
+    for t in range(1, 21):
+        for i, parameter in enumerate(parameters):
+            g = parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            m, v = 0.8 * moments[i][0] + 0.2 * g, 0.9 * moments[i][1] + 0.1 * g**2
+            moments[i] = m, v
+            update = (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)) ** 0.5 + 1e-6) + 0.3 * weights[i]
+            length, reach = weights[i].square().sum().sqrt(), update.square().sum().sqrt()
+            weights[i] = weights[i] - 0.1 * (length / reach if length > 0 else 1.0) * update
+        optimizer.step()
+        for parameter, weight in zip(parameters, weights):
+            torch.testing.assert_close(parameter.data, weight, rtol=1e-12, atol=1e-12)
+
+
+def test_l1_adds_its_sign_to_the_gradient_of_matrices():
+    models = transformer(), transformer()
+    with_l1 = build_optimizer(models[0], config(name="sgd", momentum=0.0, weight_decay=0.0, l1=0.5))
+    without = build_optimizer(models[1], config(name="sgd", momentum=0.0, weight_decay=0.0))
+    signs = {name: p.detach().sign() for name, p in models[0].named_parameters()}
+    train(models[0], with_l1, 1)
+    train(models[1], without, 1)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
+        pulled = 0.0 if p.ndim < 2 or name == "embed.weight" else 0.5 * 1e-2 * signs[name]
+        torch.testing.assert_close(p, q - pulled)
+
+
+def test_each_group_follows_its_own_scale():
+    optim_config = config(name="muon", muon_lr=2e-2, lr_scales=["*.q_proj.weight=0.5", "blocks.*=3", "norm.weight=0"])
+    model = transformer()
+    names = {id(p): name for name, p in model.named_parameters()}
+    scales = {names[id(p)]: g["lr_scale"] for g in param_groups(model, optim_config) for p in g["params"]}
+    assert scales["blocks.0.attn.q_proj.weight"] == 1.0  # half of muon_lr, which is twice lr
+    assert scales["blocks.0.attn.k_proj.weight"] == 6.0
+    assert scales["blocks.0.attn_norm.weight"] == 3.0
+    assert (scales["norm.weight"], scales["embed.weight"]) == (0.0, 1.0)
+
+
+def test_a_pattern_that_fits_nothing_is_named():
+    with pytest.raises(ValueError, match=r"optim\.lr_scales: 'embd' fits no parameter; they are called embed\.weight"):
+        build_optimizer(transformer(), config(lr_scales=["embd=0.1"]))
+
+
+@pytest.mark.parametrize("item", ["embed", "embed=", "=2", "embed=-1", "embed=inf", "embed=x"])
+def test_a_scale_that_is_none_is_named(item):
+    with pytest.raises(ValueError, match=f"^lr_scales: {item!r}: "):
+        config(lr_scales=[item])
+
+
 # --- Muon -------------------------------------------------------------------------------------------------------------
 
 
@@ -222,11 +327,11 @@ def test_shapes_are_batched_without_mixing_them_up(monkeypatch):
     matrices = [torch.randn(shape, generator=generator) for shape in shapes]
     alone = [orthogonalized([m])[0] for m in matrices]
     calls = []
-    monkeypatch.setattr(optim, "newton_schulz", lambda x: calls.append(tuple(x.shape)) or newton_schulz(x))
+    monkeypatch.setattr(muon, "newton_schulz", lambda x: calls.append(tuple(x.shape)) or newton_schulz(x))
     torch.testing.assert_close(orthogonalized(matrices), alone)
     assert sorted(calls) == [(1, 5, 7), (3, 8, 8), (3, 8, 24)]
     calls.clear()
-    monkeypatch.setattr(optim, "MAX_STACKED_ELEMENTS", 2 * 64)
+    monkeypatch.setattr(muon, "MAX_STACKED_ELEMENTS", 2 * 64)
     torch.testing.assert_close(orthogonalized(matrices), alone)
     assert sorted(calls) == [(1, 5, 7), (1, 8, 8), (1, 8, 24), (1, 8, 24), (1, 8, 24), (2, 8, 8)]
 
@@ -235,7 +340,7 @@ def test_muon_steps_are_torchs_up_to_its_bf16():
     model = nn.Sequential(nn.Linear(16, 48, bias=False), nn.Linear(48, 16, bias=False), nn.Linear(16, 16, bias=False))
     reference = copy.deepcopy(model)
     start = [p.detach().clone() for p in model.parameters()]
-    optimizer = build_optimizer(model, config(name="muon", weight_decay=0.3, muon_momentum=0.9))
+    optimizer = build_optimizer(model, config(name="muon", weight_decay=0.3, momentum=0.9))
     expected = torch.optim.Muon(
         reference.parameters(), lr=1e-2, weight_decay=0.3, momentum=0.9, adjust_lr_fn="match_rms_adamw"
     )
@@ -252,7 +357,7 @@ def test_muon_step_is_the_published_rule():
     with torch.no_grad():
         model.weight.copy_(weight)
     momentum = torch.zeros_like(weight)
-    optimizer = build_optimizer(model, config(name="muon", weight_decay=0.3, muon_momentum=0.9))
+    optimizer = build_optimizer(model, config(name="muon", weight_decay=0.3, momentum=0.9))
     for step in range(3):
         give_gradients(model, step)
         g = model.weight.grad.clone()
@@ -350,7 +455,7 @@ def test_without_gradients_the_norm_is_zero():
 # --- state ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", NAMES)
 def test_state_goes_into_a_checkpoint_and_back_bitwise(name):
     model = transformer()
     optimizer = build_optimizer(model, config(name=name))
@@ -369,13 +474,13 @@ def test_state_goes_into_a_checkpoint_and_back_bitwise(name):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", NAMES)
 def test_state_made_in_advance_is_what_the_first_step_makes(name, fused, monkeypatch):
-    monkeypatch.setattr(optim, "has_fused_adamw", lambda parameters: fused)
+    monkeypatch.setattr(build, "has_fused_adamw", lambda parameters: fused)
     models = transformer(), transformer()
     optimizers = [build_optimizer(model, config(name=name)) for model in models]
     empty = optimizer_tensors(optimizers[0], models[0].named_parameters())
-    assert not any(value.any() for value in empty.values())
+    assert not any(value.any() for key, value in empty.items() if "mu_product" not in key)
     for model, optimizer in zip(models, optimizers):
         train(model, optimizer, 2)
     advance, lazy = (optimizer_tensors(o, m.named_parameters()) for o, m in zip(optimizers, models))

@@ -1,0 +1,23 @@
+"""The optimizer: which parameters decay, who updates them, the learning rate of each step, the gradient's limit."""
+
+from minillm.optim.build import OPTIMIZERS, build_optimizer
+from minillm.optim.config import OptimConfig
+from minillm.optim.gradients import clip_grad_norm_
+from minillm.optim.groups import param_groups
+from minillm.optim.lamb import Lamb
+from minillm.optim.muon import Muon
+from minillm.optim.schedule import lr_at, warmup_steps
+from minillm.optim.state import optimizer_tensors
+
+__all__ = [
+    "OPTIMIZERS",
+    "Lamb",
+    "Muon",
+    "OptimConfig",
+    "build_optimizer",
+    "clip_grad_norm_",
+    "lr_at",
+    "optimizer_tensors",
+    "param_groups",
+    "warmup_steps",
+]

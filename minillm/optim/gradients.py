@@ -1,0 +1,33 @@
+"""What happens to the gradients between backward and the optimizer's step."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scale the gradients so that their norm, taken over all of them, is at most max_norm; returns the norm before.
+
+    The result stays on the device: nothing waits for it. Where it is not finite the gradients stay as they are, so that
+    the caller can see which of them is to blame.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters])
+    if hasattr(norm, "full_tensor"):  # sharded gradients: each rank has the norm of its part
+        norm = norm.full_tensor()
+    # clip_grads_with_norm_ multiplies by max_norm / (norm + 1e-6), or 1; where looking is free, spare the factor 1
+    if max_norm is not None and not (norm.device.type == "cpu" and norm + 1e-6 <= max_norm):
+        clip_grads_with_norm_(parameters, max_norm, norm.where(norm.isfinite(), 0))
+    return norm
+
+
+@torch.no_grad()
+def add_l1(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Before a step: add the gradient of l1 |w|, which is l1 sign(w), in the groups that ask for it."""
+    for group in optimizer.param_groups:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if group["l1"] and parameters:
+            torch._foreach_add_([p.grad for p in parameters], torch._foreach_sign(parameters), alpha=group["l1"])

@@ -1,0 +1,142 @@
+"""Muon: the momentum of a matrix, orthogonalised."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+# A quintic whose repeated application brings every singular value in (0, 1] near 1: Jordan 2024,
+# https://kellerjordan.github.io/posts/muon/. It ends between 0.7 and 1.2, which trains as well as exactly 1.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+# An orthogonal update has the root mean square 1/sqrt(larger side); AdamW's is about 0.2. With this factor AdamW's lr
+# and weight decay serve for Muon (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+MUON_UPDATE_RMS = 0.2
+# Matrices are stacked to keep a device busy with small ones; large ones do that alone and only cost memory.
+MAX_STACKED_ELEMENTS = 2**25
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for groups named "muon", AdamW for all others.
+
+    Muon keeps a running mean of the gradient and steps along the nearest orthogonal matrix: all directions of the
+    matrix move equally far, also those that the gradient barely touches. A step of lr has the same root mean square
+    as AdamW's, so both take the same learning rate.
+
+    Only `orthogonalized` needs a matrix as a whole; the rest works on any shard of it.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        fused: bool = False,
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(groups, defaults | {"fused": fused})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if group["name"] == "muon" and parameter.ndim != 2:
+                    raise ValueError(f"Muon updates matrices; this parameter has shape {tuple(parameter.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter] = self.initial_state(group, parameter)
+            if parameters and group["name"] == "muon":
+                self.step_muon(parameters, group)
+            elif parameters:
+                self.step_adamw(parameters, group)
+        return loss
+
+    def initial_state(self, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+        """What is held for a parameter before its first step."""
+        if group["name"] == "muon":
+            return {"momentum_buffer": torch.zeros_like(parameter)}
+        # the fused kernel counts steps where the parameter is; the other counts on the CPU
+        device = parameter.device if group["fused"] else torch.device("cpu")
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device=device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+    def step_muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        gradients = [p.grad for p in parameters]
+        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: a step ahead
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        for parameter, update in zip(parameters, orthogonalized(directions)):
+            parameter.add_(update, alpha=-group["lr"] * MUON_UPDATE_RMS * math.sqrt(max(parameter.shape)))
+
+    def step_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[p] for p in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
+    """Near each matrix U S V^T the orthogonal U V^T; matrices of one shape, or its transpose, go through together."""
+    together: dict[tuple, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        together.setdefault((*sorted(matrix.shape), matrix.device, matrix.dtype), []).append(i)
+    results = list(matrices)
+    for (rows, columns, *_), members in together.items():
+        size = max(1, MAX_STACKED_ELEMENTS // (rows * columns))
+        for start in range(0, len(members), size):
+            batch = members[start : start + size]
+            wide = torch.stack([matrices[i] if matrices[i].shape[0] == rows else matrices[i].mT for i in batch])
+            for i, result in zip(batch, newton_schulz(wide)):
+                results[i] = result if matrices[i].shape[0] == rows else result.mT
+    return results
+
+
+def newton_schulz(x: Tensor) -> Tensor:
+    """Bring all singular values of (n, rows, columns) matrices near 1; rows <= columns makes the products small.
+
+    X -> a X + b (X X^T) X + c (X X^T)^2 X is a polynomial in each singular value and leaves U and V alone.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value is above 1 now
+    x = x.to(orthogonalization_dtype(x))
+    gram, step = x.new_empty(len(x), x.shape[1], x.shape[1]), torch.empty_like(x)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        torch.bmm(x, x.mT, out=gram)  # (n, rows, rows)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x, step = torch.baddbmm(x, polynomial, x, beta=a, out=step), x
+    return x
+
+
+def orthogonalization_dtype(x: Tensor) -> torch.dtype:
+    """bf16, whose three digits are enough here, on a device that says it multiplies in it; otherwise x's own dtype."""
+    says = getattr(torch.get_device_module(x.device), "is_bf16_supported", None)
+    return torch.bfloat16 if x.dtype == torch.float32 and says and says() else x.dtype
