@@ -166,6 +166,8 @@ def make_trainer(
             f"model.vocab_size: {config.model.vocab_size} is not the tokenizer's {tokenizer.vocab_size}; leave it out, "
             "and pad with model.vocab_multiple"
         )
+    if train.patience is not None and prepared.val is None:
+        raise ValueError("train.patience: nothing is held out to evaluate on; give data.val, or leave patience out")
     model_config = config.model.to_config(vocab_size=tokenizer.vocab_size)
     precision = best_precision(device) if train.precision == "auto" else train.precision
     samples_per_step = train.batch_tokens // data.seq_len

@@ -44,6 +44,7 @@ class TrainConfig:
     eval_every: Annotated[int | None, "steps between evaluations; none: ten a run", ">= 1"] = None
     save_every: Annotated[int | None, "steps between checkpoints; none: five a run", ">= 1"] = None
     keep_last: Annotated[int, "checkpoints kept", ">= 1"] = 2
+    patience: Annotated[int | None, "stop after so many evaluations in a row without a better val_loss", ">= 1"] = None
     max_bad_steps: Annotated[int, "non-finite steps in a row after which the run stops", ">= 1"] = 10
 
 
@@ -77,6 +78,7 @@ class Progress:
     bad_steps_in_a_row: int = 0
     best_val_loss: float | None = None
     best_step: int | None = None
+    evaluations_since_best: int = 0
     unevaluated: dict[str, Any] | None = None  # the row of a step whose evaluation a signal cut short
 
 
@@ -277,9 +279,17 @@ class Trainer:
         return row | {"time": round(at.seconds, 3)}
 
     def over(self) -> bool:
-        """True at the last step, and when the hours are over."""
-        hours = self.config.max_hours
-        return self.progress.step >= self.steps or (hours is not None and self.progress.seconds >= hours * 3600)
+        """True at the last step, when the hours are over, and when patience is."""
+        return self.limit() is not None
+
+    def limit(self) -> str | None:
+        """What has ended the run; None while nothing has."""
+        at, hours, patience = self.progress, self.config.max_hours, self.config.patience
+        if at.step >= self.steps:
+            return "the end"
+        if hours is not None and at.seconds >= hours * 3600:
+            return "train.max_hours"
+        return "train.patience" if patience is not None and at.evaluations_since_best >= patience else None
 
     def report(self, log: RunLog, row: dict[str, Any], evaluate: bool) -> None:
         """Write a row of metrics, evaluated where asked; one whose evaluation a signal cut short waits."""
@@ -294,8 +304,9 @@ class Trainer:
                 return
             row = row | {key: figures[key] for key in ("val_loss", "val_bpb") if key in figures}
             best = math.inf if at.best_val_loss is None else at.best_val_loss
+            at.evaluations_since_best += 1
             if math.isfinite(row["val_loss"]) and row["val_loss"] < best:
-                at.best_val_loss, at.best_step = row["val_loss"], at.step
+                at.best_val_loss, at.best_step, at.evaluations_since_best = row["val_loss"], at.step, 0
         log.write(row)
 
     def raise_if_stopped(self) -> None:
@@ -307,10 +318,9 @@ class Trainer:
         """Write and return the summary of the run."""
         at = self.progress
         finished = self.over() and not at.unevaluated
-        limit = "the end" if at.step >= self.steps else "train.max_hours"
         summary = {
             "finished": finished,
-            "stopped_by": limit if finished else self.stop_signal,
+            "stopped_by": self.limit() if finished else self.stop_signal,
             **row,
             **{key: getattr(at, key) for key in ("step", "tokens", "best_val_loss", "best_step", "skipped_steps")},
             "hours": round(at.seconds / 3600, 4),

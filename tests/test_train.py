@@ -305,6 +305,8 @@ def test_a_prepared_folder_is_trained_on(workplace, capsys):
         (["--run.resume", "runs/none"], "runs/none"),
         (["--model.vocab_size", 999], "model.vocab_size: 999 is not the tokenizer's 272"),
         (["--model.causal", "false"], "model.causal"),
+        (["--data.val", "0", "--train.patience", 3], "train.patience: nothing is held out"),
+        (["--optim.lr_scales", "embd=2"], "optim.lr_scales: 'embd' fits no parameter"),
         (["other.toml"], "one config file is expected, not 2"),
     ],
 )

@@ -359,3 +359,27 @@ def test_dropout_seeds_differ_by_step_micro_batch_and_rank():
     seeds = [dropout_seed(s, t, m, r) for s in range(3) for t in range(20) for m in range(5) for r in range(4)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def evaluations(*losses):
+    """An evaluation that finds these losses, one after the other."""
+    found = iter(losses)
+    return lambda _: {"val_loss": next(found)}
+
+
+def test_patience_ends_a_run_that_gains_nothing_more(tmp_path):
+    found = evaluations(3.0, 2.0, 2.5, math.nan)
+    summary = make_trainer(prepared(tmp_path), patience=2, eval_every=1, evaluate=found).fit()
+    assert (summary["step"], summary["stopped_by"], summary["finished"]) == (4, "train.patience", True)
+    assert (summary["best_val_loss"], summary["best_step"]) == (2.0, 2)
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step-00000004"
+
+
+def test_patience_is_remembered_and_may_be_lengthened(tmp_path):
+    make_trainer(prepared(tmp_path), patience=2, eval_every=1, evaluate=evaluations(1.0, 2.0, 2.0)).fit()
+    again = make_trainer(tmp_path, patience=2, eval_every=1, evaluate=evaluations())
+    again.resume(checkpoint.latest(tmp_path / "checkpoints"))
+    assert again.over()
+    longer = make_trainer(tmp_path, patience=4, eval_every=1, evaluate=evaluations(2.0, 0.5, *[1.0] * 4))
+    longer.resume(checkpoint.latest(tmp_path / "checkpoints"))
+    assert longer.fit()["step"] == 9
