@@ -36,7 +36,7 @@ from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
 from minillm.optim import OptimConfig, build_optimizer, lr_at, warmup_steps
 from minillm.plan import count_parameters, flops_per_token, micro_batch_size, optimizer_for, recommend
-from minillm.recipe import earlier, earlier_run, preset_layer, read_layers, starting_point, without_limits
+from minillm.recipe import earlier, earlier_run, is_none, preset_layer, read_layers, starting_point, without_limits
 from minillm.run import RunConfig, RunDirectory, open_run
 from minillm.tokenizer import Tokenizer, TokenizerConfig
 from minillm.trainer import DTYPES, TrainConfig, Trainer, total_steps
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
 
 def fitting(given: list[Layer]) -> list[Layer]:
     """Layers that suit the text: the quickstart's where no path is given, else what fits its size."""
-    if lookup(given, "data.path") in (None, "none"):
+    if is_none(lookup(given, "data.path")):
         chosen = dict(file_layer(QUICKSTART).values)
     else:
         chosen = recommend(size_of_text(given))
@@ -130,7 +130,7 @@ def suited(chosen: dict[str, Any], given: list[Layer]) -> dict[str, Any]:
     if {"tokenizer.kind", "tokenizer.path"} & said:
         chosen.pop("tokenizer.vocab_size", None)
     limit = as_count(lookup(given, "model.max_seq_len")) or math.inf
-    seq_len = as_count(lookup(given, "data.seq_len")) or min(chosen["data.seq_len"], limit)
+    seq_len = as_count(lookup(given, "data.seq_len")) or min(chosen["data.seq_len"], max(2, limit))
     rows = max(1, round(chosen["train.batch_tokens"] / seq_len))
     return chosen | {"data.seq_len": seq_len, "model.max_seq_len": seq_len, "train.batch_tokens": rows * seq_len}
 
@@ -313,7 +313,9 @@ def beginnings(store: TokenStore, count: int, length: int, eos_id: int) -> list[
     else:
         starts = [i * store.n_tokens // count for i in range(count)]
     found = [store.tokens(start, min(start + length, store.n_tokens)).tolist() for start in starts]
-    return [prompt[: prompt.index(eos_id)] if eos_id in prompt[1:] else prompt for prompt in found if prompt]
+    after_eos = [prompt[prompt[0] == eos_id :] for prompt in found]  # in the middle of a text any token may come first
+    inside_one = [prompt[: prompt.index(eos_id)] if eos_id in prompt else prompt for prompt in after_eos]
+    return [prompt for prompt in inside_one if prompt]
 
 
 if __name__ == "__main__":

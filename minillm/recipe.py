@@ -25,13 +25,18 @@ def read_layers(config_class: type, argv: Sequence[str]) -> list[Layer]:
 def preset_layer(layers: Sequence[Layer]) -> list[Layer]:
     """The fields of the model preset that the layers name, if they do; its vocabulary is the tokenizer's business."""
     name = lookup(layers, "model.preset")
-    if name is None or str(name).lower() == "none":
+    if is_none(name) or not isinstance(name, str):  # what is no text is reported with the other mistakes
         return []
     if name not in PRESETS:
         problem = f"model.preset: {name!r} is not known{nearest(str(name), PRESETS)} ({', '.join(PRESETS)})"
         return [Layer(f"preset {name}", {}, (problem,))]
     fields = preset_fields(name)
     return [Layer(f"preset {name}", {f"model.{key}": fields[key] for key in fields if key != "vocab_size"})]
+
+
+def is_none(value: Any) -> bool:
+    """Whether a value not checked yet stands for none."""
+    return value is None or str(value).lower() in ("none", "null")
 
 
 def without_limits(values: dict[str, Any], given: list[Layer]) -> dict[str, Any]:
@@ -45,9 +50,9 @@ def earlier_run(given: list[Layer]) -> Path | None:
     resume = str(lookup(given, "run.resume", "never"))
     if resume == "never":
         return None
-    path = Path(str(lookup(given, "run.dir", RunConfig.dir)) if resume == "auto" else resume)
-    homes = [home for home in (path, path.parent.parent) if (home / "config.json").is_file()]
-    return homes[0] if homes else None
+    path = Path(resume)
+    places = [Path(str(lookup(given, "run.dir", RunConfig.dir)))] if resume == "auto" else [path, path.parent.parent]
+    return next((place for place in places if (place / "config.json").is_file()), None)
 
 
 def earlier(home: Path, given: list[Layer]) -> list[Layer]:

@@ -68,13 +68,17 @@ def open_run(config: RunConfig) -> Iterator[RunDirectory]:
     with explained(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
     with locked(run.path / "run.lock"):
-        inside = config.resume == "auto" or run.path.resolve() in [
-            Path(config.resume).resolve(),
-            *Path(config.resume).resolve().parents,
-        ]
-        if run.started and not inside:
+        if run.started and not resumed_inside(run.path, config.resume):
             raise ValueError(
                 f"run.dir: {run.path} holds a run already; "
                 "continue it with --run.resume auto, or choose another --run.dir"
             )
         yield run
+
+
+def resumed_inside(directory: Path, resume: str) -> bool:
+    """Whether a run goes on in the directory that it was in: under `auto`, or from a path there."""
+    if resume in ("auto", "never"):
+        return resume == "auto"
+    start = Path(resume).resolve()
+    return directory.resolve() in (start, *start.parents)

@@ -244,9 +244,12 @@ class Trainer:
         clock = Clock(at.tokens, self.flops_per_token, self.peak_flops)
         metrics = self.run.metrics if self.run and self.dist.is_main else None
         saved_at = at.step
-        with self.signals(), RunLog(metrics, at.step, self.steps, show=self.dist.is_main) as log:
+        logged = at.unevaluated["step"] - 1 if at.unevaluated else at.step  # the row that is made up for comes again
+        with self.signals(), RunLog(metrics, logged, self.steps, show=self.dist.is_main) as log:
             if at.unevaluated:
                 self.report(log, at.unevaluated, evaluate=True)
+                log.advance()
+                self.save_if_kept()
             while not self.over() and not self.stop_signal:
                 try:
                     with clock.running():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -94,4 +95,13 @@ def test_a_file_in_the_way_is_named(tmp_path):
         pytest.raises(ValueError, match=r"run\.dir: .*run is a file; give a directory"),
         open_run(config(tmp_path / "run")),
     ):
+        pass
+
+
+@pytest.mark.parametrize("name", [".", "..", "../b"])
+def test_a_run_around_the_working_directory_is_not_begun_again(tmp_path, monkeypatch, name):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    Path(name, "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a run already"), open_run(RunConfig(dir=name)):
         pass

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -348,6 +349,47 @@ def test_samples_are_shown_however_short_the_context_and_the_documents(workplace
     said = capsys.readouterr().out
     assert "a beginning of the text" in said
     assert "<s>" not in said
+
+
+def test_a_new_run_takes_nothing_from_the_directories_above_it(workplace):
+    (workplace / "config.json").write_text('{"architectures": ["Other"]}')
+    (workplace / "runs").mkdir()
+    (workplace / "runs/config.json").write_text('{"architectures": ["Other"]}')
+    assert run("--run.resume", "auto") == 0
+
+
+def test_a_vocabulary_that_was_lowered_is_no_obstacle_to_resuming(workplace):
+    words = ["--tokenizer.kind", "bpe", "--tokenizer.vocab_size", 5000, "--train.max_steps", 2, "--run.resume", "auto"]
+    for _ in range(3):
+        assert run(*words) == 0
+    words[-3] = 4
+    assert run(*words) == 0
+    assert losses("runs/small")[-1]["step"] == 4
+
+
+def test_a_preset_that_is_no_text_is_reported_with_the_rest(workplace, capsys):
+    (workplace / "odd.toml").write_text('[model]\npreset = ["micro"]\n[optim]\nlrr = 1\n')
+    assert run_command(train.main, ["odd.toml"]) == 1
+    message = capsys.readouterr().err
+    assert "2 problems" in message
+    assert "model.preset" in message
+
+
+@pytest.mark.parametrize("word", ["none", "None", "null"])
+def test_none_is_none_in_any_spelling(word):
+    given = read_layers(train.Config, ["--data.path", word, "--model.preset", word])
+    assert train.fitting(given)[-1].values["train.max_steps"] == 1000
+
+
+def test_a_prompt_lies_inside_one_document():
+    class Store:
+        n_documents, n_tokens = 2, 9
+
+        def tokens(self, start, stop):
+            return np.array([1, 5, 2, 1, 6, 7, 8, 9, 2])[start:stop]  # 1: bos, 2: eos
+
+    prompts = train.beginnings(Store(), 4, length=8, eos_id=2)
+    assert prompts == [[1, 5], [1, 6, 7, 8, 9], [6, 7, 8, 9], [8, 9]]
 
 
 def test_a_run_uses_the_tokens_that_prepare_left(workplace, capsys):

@@ -252,11 +252,38 @@ def test_a_signal_ends_a_long_evaluation_which_the_resumed_run_makes_up_for(tmp_
     make_trainer(prepared(tmp_path / "a"), evaluate=evaluate).fit()
     summary = make_trainer(prepared(tmp_path / "b"), evaluate=endless).fit()
     assert (summary["step"], summary["stopped_by"], summary["finished"]) == (4, "SIGTERM", False)
+    for _ in range(3):  # also a kill right after the row was written would not write it twice
+        again = make_trainer(tmp_path / "b", evaluate=evaluate, steps=4)
+        again.resume(checkpoint.latest(tmp_path / "b" / "checkpoints"))
+        again.fit()
+        assert [row["step"] for row in read_metrics(tmp_path / "b" / "metrics.jsonl")] == [1, 2, 3, 4]
     again = make_trainer(tmp_path / "b", evaluate=evaluate)
     again.resume(checkpoint.latest(tmp_path / "b" / "checkpoints"))
+    assert not again.progress.unevaluated
     again.fit()
     rows = [untimed(read_metrics(tmp_path / name / "metrics.jsonl")) for name in "ab"]
     assert rows[0] == rows[1]
+
+
+def test_a_kill_after_a_made_up_evaluation_does_not_log_it_twice(tmp_path, monkeypatch):
+    def endless(raise_if_stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            raise_if_stopped()
+
+    make_trainer(prepared(tmp_path), evaluate=endless).fit()
+    for _ in range(2):
+        again = make_trainer(tmp_path, evaluate=lambda _: {"val_loss": 1.5})
+        again.resume(checkpoint.latest(tmp_path / "checkpoints"))
+        with monkeypatch.context() as patched:
+            patched.setattr(again, "save_if_kept", killed)
+            with pytest.raises(SystemExit):
+                again.fit()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def killed():
+    raise SystemExit
 
 
 def test_fp16_scales_the_loss_and_survives_an_overflow():

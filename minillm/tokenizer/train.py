@@ -61,7 +61,9 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     """
     if config.path is not None:
         tokenizer = load_tokenizer(config.path)
-        if config.vocab_size not in (None, tokenizer.vocab_size):
+        if config.vocab_size is not None and config.vocab_size > tokenizer.vocab_size:
+            logger.info("tokenizer: %s has %d ids, fewer than vocab_size", config.path, tokenizer.vocab_size)
+        elif config.vocab_size not in (None, tokenizer.vocab_size):
             raise ValueError(
                 f"vocab_size: {config.vocab_size} was given, but the tokenizer in {config.path} has "
                 f"{tokenizer.vocab_size} ids; leave vocab_size out"
