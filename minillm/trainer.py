@@ -5,9 +5,7 @@ It knows no model, data, loss or evaluation, only callables; `Trainer.step` is t
 
 import contextlib
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -22,6 +20,7 @@ from minillm.log import LOGGER, Clock, RunLog
 from minillm.objectives import Objective
 from minillm.optim import clip_grad_norm_, optimizer_tensors
 from minillm.run import RunDirectory
+from minillm.signals import stop_requests
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -245,7 +244,7 @@ class Trainer:
         metrics = self.run.metrics if self.run and self.dist.is_main else None
         saved_at = at.step
         logged = at.unevaluated["step"] - 1 if at.unevaluated else at.step  # the row that is made up for comes again
-        with self.signals(), RunLog(metrics, logged, self.steps, show=self.dist.is_main) as log:
+        with stop_requests(self.request_stop), RunLog(metrics, logged, self.steps, show=self.dist.is_main) as log:
             if at.unevaluated:
                 self.report(log, at.unevaluated, evaluate=True)
                 log.advance()
@@ -335,28 +334,10 @@ class Trainer:
             self.run.write_json(self.run.summary, summary)
         return summary
 
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """Turn the first SIGTERM or Ctrl-C into a request to stop after the step under way.
-
-        In another thread than the main one Python allows no handlers, and whoever started the thread has its own.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def request(number: int, _: Any) -> None:
-            if self.stop_signal and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop_signal = signal.Signals(number).name
-            LOGGER.info("%s: saving after this step", self.stop_signal)
-
-        before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def request_stop(self, name: str) -> None:
+        """Stop after the step under way, because of the signal of that name."""
+        self.stop_signal = name
+        LOGGER.info("%s: saving after this step", name)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

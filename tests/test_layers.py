@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "minillm"
 LAYERS = [
     ["files"],
-    ["config", "log", "losses", "optim", "run", "tokenizer"],
+    ["config", "log", "losses", "optim", "run", "signals", "tokenizer"],
     ["model"],
     ["data", "distributed", "lora"],
     ["objectives", "checkpoint", "hf", "generate", "plan"],
