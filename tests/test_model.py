@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from minillm.model.config import ModelConfig, ModelSection
-from minillm.model.layers import RMSNorm, Rope, SwiGLU
+from minillm.model.layers import RMSNorm, Rope, make_mlp
 from minillm.model.transformer import Transformer
 
 TINY = {"vocab_size": 61, "dim": 32, "n_layers": 2, "n_heads": 4, "ffn_dim": 48, "max_seq_len": 32}
@@ -16,6 +16,9 @@ STYLES = {
     "qwen3": {"n_kv_heads": 2, "head_dim": 12, "qk_norm": True},
     "gpt2": {"norm": "layernorm", "position": "learned", "mlp": "gelu"}
     | {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    "gemma": {"n_kv_heads": 1, "head_dim": 12, "norm": "rmsnorm_plus_one", "mlp": "geglu", "embed_scale": True},
+    "olmo": {"norm": "layernorm_plain", "norm_eps": 1e-5},
+    "primer": {"mlp": "relu2", "qk_norm": True},
     "no positions": {"position": "none", "tie_embeddings": False},
 }
 
@@ -123,6 +126,40 @@ def test_qwen3_equals_transformers():
     theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape))
     ours = Transformer(ModelConfig(**TINY, n_kv_heads=2, head_dim=12, qk_norm=True))
     check_against_transformers(theirs, ours, lambda t: {from_llama_names(name): tensor for name, tensor in t.items()})
+
+
+def test_gemma_equals_transformers():
+    transformers = pytest.importorskip("transformers", reason="the reference library, extra `test`")
+    shape = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 12}
+    shape |= {"num_key_value_heads": 1, "intermediate_size": 48, "hidden_activation": "gelu_pytorch_tanh"}
+    shape |= {"pad_token_id": None}  # its row of the embedding would get no gradient
+    theirs = transformers.GemmaForCausalLM(transformers.GemmaConfig(**shape))
+    ours = Transformer(ModelConfig(**TINY, **STYLES["gemma"]))
+    check_against_transformers(theirs, ours, lambda t: {from_llama_names(name): tensor for name, tensor in t.items()})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_olmo_equals_transformers(tied):
+    transformers = pytest.importorskip("transformers", reason="the reference library, extra `test`")
+    shape = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"intermediate_size": 48, "tie_word_embeddings": tied, "pad_token_id": None}
+    theirs = transformers.OlmoForCausalLM(transformers.OlmoConfig(**shape))
+    ours = Transformer(ModelConfig(**TINY, **STYLES["olmo"], tie_embeddings=tied))
+    check_against_transformers(theirs, ours, lambda t: {from_llama_names(name): tensor for name, tensor in t.items()})
+
+
+@pytest.mark.parametrize(
+    ("mlp", "activation"),
+    [
+        ("gelu", lambda x: F.gelu(x, approximate="tanh")),
+        ("gelu_exact", lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5))),
+        ("relu2", lambda x: x.clamp(min=0) ** 2),
+    ],
+)
+def test_an_mlp_without_a_gate_is_its_formula(mlp, activation):
+    block = build(mlp=mlp).blocks[0].mlp
+    x = torch.randn(2, 5, 32)
+    torch.testing.assert_close(block(x), activation(x @ block.up_proj.weight.T) @ block.down_proj.weight.T)
 
 
 def test_gpt2_equals_transformers():
@@ -282,7 +319,7 @@ def test_gradients_written_by_hand_are_those_of_autograd():
     norm = RMSNorm(8, 1e-2).double()
     torch.nn.init.uniform_(norm.weight)
     assert torch.autograd.gradcheck(lambda x, w: torch.func.functional_call(norm, {"weight": w}, x), (x, norm.weight))
-    mlp = SwiGLU(ModelConfig(**(TINY | {"dim": 8, "n_heads": 1, "ffn_dim": 6}))).double()
+    mlp = make_mlp(ModelConfig(**(TINY | {"dim": 8, "n_heads": 1, "ffn_dim": 6}))).double()
     assert torch.autograd.gradcheck(mlp, (x,))
     plain = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
     torch.testing.assert_close(mlp(x), plain)

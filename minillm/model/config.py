@@ -23,17 +23,24 @@ class ModelConfig:
     n_heads: Annotated[int, "query heads", ">= 1"] = 4
     n_kv_heads: Annotated[int | None, "key/value heads (none: n_heads)", ">= 1"] = None
     head_dim: Annotated[int | None, "width of a head (none: dim / n_heads)", ">= 1"] = None
-    ffn_dim: Annotated[int | None, "width inside the MLP (none: 8/3 dim for swiglu, 4 dim for gelu)", ">= 1"] = None
+    ffn_dim: Annotated[int | None, "width inside the MLP (none: 8/3 dim with a gate, else 4 dim)", ">= 1"] = None
     max_seq_len: Annotated[int, "longest sequence the model takes", ">= 1"] = 1024
-    norm: Annotated[Literal["rmsnorm", "layernorm"], "normalisation"] = "rmsnorm"
+    norm: Annotated[
+        Literal["rmsnorm", "rmsnorm_plus_one", "layernorm", "layernorm_plain"],
+        "normalisation; plus_one scales by 1 + weight, plain has no parameters",
+    ] = "rmsnorm"
     norm_eps: Annotated[float, "added to the variance in a norm", "> 0"] = 1e-6
     position: Annotated[Literal["rope", "learned", "none"], "how the model knows where a token stands"] = "rope"
     rope_theta: Annotated[float, "base of the RoPE wavelengths", "> 0"] = 10_000.0
-    mlp: Annotated[Literal["swiglu", "gelu"], "kind of MLP (gelu: the tanh form of GPT-2)"] = "swiglu"
+    mlp: Annotated[
+        Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"],
+        "kind of MLP: two with a gate, three without (gelu, also in geglu: the tanh form of GPT-2)",
+    ] = "swiglu"
     qk_norm: Annotated[bool, "RMSNorm on each query and key head"] = False
     qkv_bias: Annotated[bool, "biases in q_proj, k_proj, v_proj"] = False
     o_bias: Annotated[bool, "bias in o_proj"] = False
     mlp_bias: Annotated[bool, "biases in the MLP"] = False
+    embed_scale: Annotated[bool, "embeddings times sqrt(dim), as in Gemma"] = False
     tie_embeddings: Annotated[bool, "lm_head shares the weight of embed"] = True
     dropout: Annotated[float, "on the embedding, attention weights and each branch", ">= 0, < 1"] = 0.0
     causal: Annotated[bool, "a token sees only what came before it; false: bidirectional"] = True
@@ -91,8 +98,8 @@ def impossible_combinations(config: ModelConfig) -> list[str]:
 
 def derived_fields(config: ModelConfig) -> dict[str, int]:
     """Values of the fields that were left at None."""
-    # SwiGLU's three matrices of 8/3 dim hold as many numbers as GELU's two of 4 dim (Shazeer 2020, section 3)
-    swiglu_dim = -(-8 * config.dim // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
-    ffn_dim = swiglu_dim if config.mlp == "swiglu" else 4 * config.dim
+    # a gate's three matrices of 8/3 dim hold as many numbers as two of 4 dim without (Shazeer 2020, section 3)
+    gated_dim = -(-8 * config.dim // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
+    ffn_dim = gated_dim if config.mlp in ("swiglu", "geglu") else 4 * config.dim
     defaults = {"n_kv_heads": config.n_heads, "head_dim": config.dim // config.n_heads, "ffn_dim": ffn_dim}
     return {name: value for name, value in defaults.items() if getattr(config, name) is None}

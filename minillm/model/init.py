@@ -37,12 +37,13 @@ def initial_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int 
     | o_proj, down_proj    | the same / sqrt(2 n_layers): as many         | Radford et al. 2019 (GPT-2), section 2.3 |
     |                      | branches add up in the residual stream       |                                          |
     | biases               | 0                                            |                                          |
-    | norm weights         | 1                                            |                                          |
+    | norm weights         | 1; 0 where the norm adds 1 to them           |                                          |
     | rows beyond the      | 0: they take part in nothing                 |                                          |
     | vocabulary           |                                              |                                          |
     """
     if name.endswith("norm.weight"):
-        return torch.ones(shape)
+        plus_one = config.norm == "rmsnorm_plus_one" and not name.endswith(("q_norm.weight", "k_norm.weight"))
+        return torch.zeros(shape) if plus_one else torch.ones(shape)
     if name.endswith(".bias"):
         return torch.zeros(shape)
     dim = shape[1]  # of what a row is multiplied with, or of an embedding

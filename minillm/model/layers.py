@@ -1,9 +1,10 @@
-"""The small parts of a block: normalisation, rotary positions, and the two kinds of MLP.
+"""The small parts of a block: normalisation, rotary positions, and the kinds of MLP.
 
 Shapes: B batch, T time, D dim, F ffn_dim, H heads, d head_dim.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +31,26 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps).type_as(x)
 
 
+class RMSNormPlusOne(RMSNorm):
+    """RMSNorm that scales by 1 + weight, so that weights begin at 0. Source: Gemma Team 2024, in their code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu:
+            return RMSNormFunction.apply(x, 1 + self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, 1 + self.weight, self.eps).type_as(x)
+
+
 def make_norm(config: ModelConfig) -> nn.Module:
     """The norm that the config names, over the residual stream."""
-    norm = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}[config.norm]
-    return norm(config.dim, eps=config.norm_eps)
+    norms = {
+        "rmsnorm": RMSNorm,
+        "rmsnorm_plus_one": RMSNormPlusOne,
+        "layernorm": nn.LayerNorm,
+        "layernorm_plain": partial(
+            nn.LayerNorm, elementwise_affine=False
+        ),  # Groeneveld et al. 2024 (OLMo), section 2.1
+    }
+    return norms[config.norm](config.dim, eps=config.norm_eps)
 
 
 class Rope:
@@ -65,33 +82,62 @@ def no_rotation(x: Tensor) -> Tensor:
     return x
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): one projection decides how much of the other passes. Source: Shazeer 2020."""
+def gelu(x: Tensor) -> Tensor:
+    """GELU in the tanh form of GPT-2. Source: Hendrycks and Gimpel 2016."""
+    return F.gelu(x, approximate="tanh")
 
-    def __init__(self, config: ModelConfig):
+
+def relu2(x: Tensor) -> Tensor:
+    """The square of ReLU. Source: So et al. 2021 (Primer)."""
+    return F.relu(x).square()
+
+
+class GatedMLP(nn.Module):
+    """down(gated(gate(x), up(x))): one projection decides how much of the other passes. Source: Shazeer 2020."""
+
+    def __init__(self, config: ModelConfig, gated: Callable[[Tensor, Tensor], Tensor]):
         super().__init__()
+        self.gated = gated
         self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = SwiGLUFunction.apply(self.gate_proj(x), self.up_proj(x))  # (B, T, F): silu(gate) * up
-        return self.down_proj(y)  # (B, T, D)
+        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))  # (B, T, F) inside, (B, T, D)
 
 
-class GELU(nn.Module):
-    """down(gelu(up(x))), with GPT-2's tanh approximation. Source: Hendrycks and Gimpel 2016."""
+class PlainMLP(nn.Module):
+    """down(activation(up(x)))."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, activation: Callable[[Tensor], Tensor]):
         super().__init__()
+        self.activation = activation
         self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.gelu(self.up_proj(x), approximate="tanh")  # (B, T, F)
-        return self.down_proj(y)  # (B, T, D)
+        return self.down_proj(self.activation(self.up_proj(x)))  # (B, T, F) inside, (B, T, D)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return SwiGLUFunction.apply(gate, up)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up."""
+    return gelu(gate) * up
+
+
+MLPS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "swiglu": partial(GatedMLP, gated=swiglu),
+    "geglu": partial(GatedMLP, gated=geglu),
+    "gelu": partial(PlainMLP, activation=gelu),
+    "gelu_exact": partial(PlainMLP, activation=F.gelu),
+    "relu2": partial(PlainMLP, activation=relu2),
+}
 
 
 def make_mlp(config: ModelConfig) -> nn.Module:
     """The MLP that the config names."""
-    return {"swiglu": SwiGLU, "gelu": GELU}[config.mlp](config)
+    return MLPS[config.mlp](config)

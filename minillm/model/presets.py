@@ -127,6 +127,48 @@ def qwen3(size: str = "0.6b", **overrides) -> ModelConfig:
     )
 
 
+def gemma(size: str = "2b", **overrides) -> ModelConfig:
+    """Gemma, first generation: Gemma Team 2024 (arXiv:2403.08295), table 1."""
+    n_layers, dim, n_heads, n_kv_heads, ffn_dim = {
+        "2b": (18, 2048, 8, 1, 16_384),
+        "7b": (28, 3072, 16, 16, 24_576),
+    }[size]
+    return override(
+        overrides,
+        vocab_size=256_000,
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=256,
+        ffn_dim=ffn_dim,
+        max_seq_len=8192,
+        norm="rmsnorm_plus_one",
+        mlp="geglu",
+        embed_scale=True,
+    )
+
+
+def olmo(size: str = "1b", **overrides) -> ModelConfig:
+    """OLMo, first generation: Groeneveld et al. 2024 (arXiv:2402.00838), table 1."""
+    n_layers, dim, n_heads, ffn_dim, tied = {
+        "1b": (16, 2048, 16, 8192, True),
+        "7b": (32, 4096, 32, 11_008, False),
+    }[size]
+    return override(
+        overrides,
+        vocab_size=50_304,
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        ffn_dim=ffn_dim,
+        max_seq_len=2048,
+        norm="layernorm_plain",
+        norm_eps=1e-5,
+        tie_embeddings=tied,
+    )
+
+
 def ladder(size: str = "10m", **overrides) -> ModelConfig:
     """Our own shapes: RMSNorm, RoPE, SwiGLU, QK-norm, tied.
 
@@ -174,6 +216,10 @@ PRESETS: dict[str, Callable[..., ModelConfig]] = {
     "qwen3-1.7b": partial(qwen3, "1.7b"),
     "qwen3-4b": partial(qwen3, "4b"),
     "qwen3-8b": partial(qwen3, "8b"),
+    "gemma-2b": partial(gemma, "2b"),
+    "gemma-7b": partial(gemma, "7b"),
+    "olmo-1b": partial(olmo, "1b"),
+    "olmo-7b": partial(olmo, "7b"),
     "nano": partial(ladder, "0.2m"),
     "micro": partial(ladder, "1m"),
     "mini": partial(ladder, "3m"),

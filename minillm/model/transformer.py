@@ -78,6 +78,8 @@ class Transformer(nn.Module):
         mask = make_mask(self.config, tokens, offset, doc_ids)
 
         x = self.embed(tokens)  # (B, T, D)
+        if self.config.embed_scale:
+            x = x * self.config.dim**0.5
         if self.config.position == "learned":
             x = x + self.pos_embed(positions)
         x = self.dropout(x)
