@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from minillm.model.config import ModelConfig, ModelSection
-from minillm.model.layers import RMSNorm, Rope, make_mlp
+from minillm.model.layers import RMSNorm, make_mlp
+from minillm.model.rope import Rope, RopeScaling
 from minillm.model.transformer import Transformer
 
 TINY = {"vocab_size": 61, "dim": 32, "n_layers": 2, "n_heads": 4, "ffn_dim": 48, "max_seq_len": 32}
@@ -228,6 +229,39 @@ def test_rope_depends_on_distance_alone():
 # --- what training relies on ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scaling", ["linear", "llama3", "yarn"])
+@pytest.mark.parametrize(("head_dim", "theta", "factor"), [(64, 1e4, 4.0), (128, 5e5, 32.0), (16, 1e4, 1.0)])
+def test_stretched_rope_equals_transformers(scaling, head_dim, theta, factor):
+    transformers = pytest.importorskip("transformers", reason="the reference library, extra `test`")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": scaling, "rope_theta": theta, "factor": factor, "original_max_position_embeddings": 2048}
+    if scaling == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    theirs = transformers.LlamaConfig(
+        hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=8192, rope_parameters=rope
+    )
+    frequencies, length = ROPE_INIT_FUNCTIONS[scaling](theirs, "cpu")
+    positions = torch.tensor([[0, 1, 7, 2047, 8000]])
+    ours = Rope(positions, head_dim, theta, RopeScaling(scaling, factor, 2048))
+    angles = positions[:, None, :, None] * frequencies
+    torch.testing.assert_close(ours.cos, length * angles.cos(), atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(ours.sin, length * angles.sin(), atol=2e-3, rtol=1e-4)
+
+
+def test_a_model_that_is_stretched_equals_transformers():
+    transformers = pytest.importorskip("transformers", reason="the reference library, extra `test`")
+    shape = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**shape, max_position_embeddings=32, rope_parameters=rope)
+    )
+    ours = Transformer(ModelConfig(**TINY, n_kv_heads=2, norm_eps=1e-5, rope_scaling="llama3", rope_factor=4))
+    check_against_transformers(theirs, ours, lambda t: {from_llama_names(name): tensor for name, tensor in t.items()})
+
+
 def test_dropout_acts_in_training_only():
     model = build(dropout=0.3)
     tokens = some_tokens(2, 16)
@@ -420,6 +454,8 @@ def test_a_config_reports_all_its_problems_at_once():
     assert lines[1].startswith("n_kv_heads: 3 does not divide n_heads 5")
     with pytest.raises(ValueError, match="head_dim: 3 is odd"):
         ModelConfig(vocab_size=8, dim=12, n_heads=4)
+    with pytest.raises(ValueError, match="rope_factor: 2 has no effect with rope_scaling none"):
+        ModelConfig(vocab_size=8, rope_factor=2.0)
 
 
 def test_a_finished_config_has_no_gaps():

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.model.config import ModelConfig
-from minillm.model.layers import RMSNorm, Rotation
+from minillm.model.layers import RMSNorm
+from minillm.model.rope import Rotation
 
 
 class Cache(Protocol):

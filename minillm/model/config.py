@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from minillm.config import checked, fields_of
+from minillm.model.rope import RopeScaling
 
 FFN_MULTIPLE = 64  # widths that are multiples of 64 keep matrix kernels at full speed
 
@@ -32,6 +33,11 @@ class ModelConfig:
     norm_eps: Annotated[float, "added to the variance in a norm", "> 0"] = 1e-6
     position: Annotated[Literal["rope", "learned", "none"], "how the model knows where a token stands"] = "rope"
     rope_theta: Annotated[float, "base of the RoPE wavelengths", "> 0"] = 10_000.0
+    rope_scaling: Annotated[
+        Literal["none", "linear", "llama3", "yarn"], "how RoPE is stretched beyond the context it was trained on"
+    ] = "none"
+    rope_factor: Annotated[float, "how far it is stretched", ">= 1"] = 1.0
+    rope_original_len: Annotated[int | None, "the context before (none: max_seq_len / rope_factor)", ">= 1"] = None
     mlp: Annotated[
         Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"],
         "kind of MLP: two with a gate, three without (gelu, also in geglu: the tanh form of GPT-2)",
@@ -58,6 +64,13 @@ class ModelConfig:
             raise ValueError("\n".join(problems))
         for name, value in derived_fields(self).items():
             object.__setattr__(self, name, value)
+
+    @property
+    def scaling(self) -> RopeScaling | None:
+        """How RoPE is stretched; None where it is not."""
+        if self.rope_scaling == "none":
+            return None
+        return RopeScaling(self.rope_scaling, self.rope_factor, self.rope_original_len)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -91,6 +104,8 @@ def impossible_combinations(config: ModelConfig) -> list[str]:
         problems.append(f"n_heads: {config.n_heads} does not divide dim {config.dim}; change one, or set head_dim")
     elif config.position == "rope" and head_dim % 2:
         problems.append(f"head_dim: {head_dim} is odd, and RoPE turns pairs of numbers; make it even")
+    if config.rope_scaling == "none" and config.rope_factor != 1:
+        problems.append(f"rope_factor: {config.rope_factor:g} has no effect with rope_scaling none; choose a scaling")
     if config.n_heads % n_kv_heads:
         problems.append(f"n_kv_heads: {n_kv_heads} does not divide n_heads {config.n_heads}; change one")
     return problems
@@ -102,4 +117,5 @@ def derived_fields(config: ModelConfig) -> dict[str, int]:
     gated_dim = -(-8 * config.dim // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
     ffn_dim = gated_dim if config.mlp in ("swiglu", "geglu") else 4 * config.dim
     defaults = {"n_kv_heads": config.n_heads, "head_dim": config.dim // config.n_heads, "ffn_dim": ffn_dim}
+    defaults["rope_original_len"] = max(1, round(config.max_seq_len / config.rope_factor))
     return {name: value for name, value in defaults.items() if getattr(config, name) is None}

@@ -1,6 +1,6 @@
-"""The small parts of a block: normalisation, rotary positions, and the kinds of MLP.
+"""The small parts of a block: normalisation, and the kinds of MLP.
 
-Shapes: B batch, T time, D dim, F ffn_dim, H heads, d head_dim.
+Shapes: B batch, T time, D dim, F ffn_dim.
 """
 
 from collections.abc import Callable
@@ -51,35 +51,6 @@ def make_norm(config: ModelConfig) -> nn.Module:
         ),  # Groeneveld et al. 2024 (OLMo), section 2.1
     }
     return norms[config.norm](config.dim, eps=config.norm_eps)
-
-
-class Rope:
-    """Rotary positions: turns the pair (x[i], x[i + d/2]) of a head by the angle position * theta^(-2i/d).
-
-    A query at position m and a key at position n then meet at an angle that depends on m - n alone. Computed from
-    positions once a forward and handed to every block: no buffers, and fp32 angles however the model is cast.
-    Source: Su et al. 2021, with the pairing of the Llama weights on the Hugging Face hub.
-    """
-
-    def __init__(self, positions: Tensor, head_dim: int, theta: float):
-        """positions: (B, T), or (1, T) where all rows share them."""
-        exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim  # (d/2,)
-        angles = positions[:, None, :, None] * (1.0 / theta**exponents)  # (B, 1, T, d/2): the heads share them
-        self.cos, self.sin = angles.cos(), angles.sin()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: (B, H, T, d) -> the same shape and dtype, rotated."""
-        x1, x2 = x.chunk(2, dim=-1)  # (B, H, T, d/2) each
-        rotated = torch.cat([x1 * self.cos - x2 * self.sin, x2 * self.cos + x1 * self.sin], dim=-1)
-        return rotated.type_as(x)
-
-
-Rotation = Callable[[Tensor], Tensor]  # of queries or keys: a Rope, or no_rotation
-
-
-def no_rotation(x: Tensor) -> Tensor:
-    """Stands where Rope would, in models with learned positions or none."""
-    return x
 
 
 def gelu(x: Tensor) -> Tensor:

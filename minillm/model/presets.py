@@ -80,6 +80,26 @@ def llama3(size: str = "8b", **overrides) -> ModelConfig:
     )
 
 
+def llama32(size: str = "1b", **overrides) -> ModelConfig:
+    """Llama 3.2: from the configs beside the released weights; a context of 8,192 stretched to 131,072."""
+    n_layers, dim, n_heads = {"1b": (16, 2048, 32), "3b": (28, 3072, 24)}[size]
+    return override(
+        overrides,
+        vocab_size=128_256,
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=8,
+        ffn_dim=8192,
+        max_seq_len=131_072,
+        norm_eps=1e-5,
+        rope_theta=500_000.0,
+        rope_scaling="llama3",
+        rope_factor=32.0,
+        rope_original_len=8192,
+    )
+
+
 def qwen2(size: str = "0.5b", **overrides) -> ModelConfig:
     """Qwen2.5: Qwen Team 2024, from the configs beside the released weights."""
     n_layers, dim, n_heads, n_kv_heads, ffn_dim, vocab_size, tied = {
@@ -208,6 +228,8 @@ PRESETS: dict[str, Callable[..., ModelConfig]] = {
     "llama2-70b": partial(llama2, "70b"),
     "llama3-8b": partial(llama3, "8b"),
     "llama3-70b": partial(llama3, "70b"),
+    "llama3.2-1b": partial(llama32, "1b"),
+    "llama3.2-3b": partial(llama32, "3b"),
     "qwen2.5-0.5b": partial(qwen2, "0.5b"),
     "qwen2.5-1.5b": partial(qwen2, "1.5b"),
     "qwen2.5-3b": partial(qwen2, "3b"),

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from minillm.model.attention import Attention, Cache, Mask, make_mask, number_documents, restart_positions
 from minillm.model.config import ModelConfig
 from minillm.model.init import init_weights
-from minillm.model.layers import Rope, Rotation, make_mlp, make_norm, no_rotation
+from minillm.model.layers import make_mlp, make_norm
+from minillm.model.rope import Rope, Rotation, no_rotation
 
 Head = Callable[[nn.Linear, Tensor], Tensor]
 
@@ -85,7 +86,7 @@ class Transformer(nn.Module):
         x = self.dropout(x)
         rope: Rotation = no_rotation
         if self.config.position == "rope":
-            rope = Rope(positions, self.config.head_dim, self.config.rope_theta)
+            rope = Rope(positions, self.config.head_dim, self.config.rope_theta, self.config.scaling)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
             x = block(x, rope, mask, cache)
         return (head or self.project)(self.lm_head, self.norm(x))
