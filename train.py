@@ -24,7 +24,7 @@ from minillm.data.config import DataConfig
 from minillm.data.corpus import content_hash, corpus_bytes, open_corpus
 from minillm.data.loader import Loader, eval_batches
 from minillm.data.store import Prepared, TokenStore
-from minillm.distributed.context import Context, best_precision, connect, peak_flops
+from minillm.distributed.context import Context, connect, peak_flops
 from minillm.distributed.parallelize import parallelize
 from minillm.eval.perplexity import evaluate, token_byte_lengths
 from minillm.generate.engine import stream
@@ -39,7 +39,7 @@ from minillm.plan import count_parameters, flops_per_token, micro_batch_size, op
 from minillm.recipe import earlier, earlier_run, is_none, preset_layer, read_layers, starting_point, without_limits
 from minillm.run import RunConfig, RunDirectory, open_run
 from minillm.tokenizer import Tokenizer, TokenizerConfig
-from minillm.trainer import DTYPES, TrainConfig, Trainer, total_steps
+from minillm.trainer import DTYPES, TrainConfig, Trainer, completed, total_steps
 
 USAGE = f"usage: python train.py [CONFIG.toml] [--section.field VALUE ...]\n\n{__doc__}"
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.toml"
@@ -169,7 +169,6 @@ def make_trainer(
     if train.patience is not None and prepared.val is None:
         raise ValueError("train.patience: nothing is held out to evaluate on; give data.val, or leave patience out")
     model_config = config.model.to_config(vocab_size=tokenizer.vocab_size)
-    precision = best_precision(device) if train.precision == "auto" else train.precision
     samples_per_step = train.batch_tokens // data.seq_len
     rows = train.micro_batch_size or micro_batch_size(data.seq_len, samples_per_step, device)
     loader = Loader(
@@ -182,14 +181,7 @@ def make_trainer(
         device=device,
     )
     steps = total_steps(train, loader)
-    train = dataclasses.replace(
-        train,
-        max_steps=steps,
-        precision=precision,
-        micro_batch_size=rows,
-        eval_every=train.eval_every or math.ceil(steps / 10),
-        save_every=train.save_every or math.ceil(steps / 5),
-    )
+    train = completed(dataclasses.replace(train, max_steps=steps, micro_batch_size=rows), steps, device)
     optim = dataclasses.replace(config.optim, warmup_steps=warmup_steps(config.optim, steps), warmup_ratio=None)
     log = dataclasses.replace(config.log, every=config.log.every or max(1, steps // ROWS_OF_METRICS))
     section = ModelSection(**dataclasses.asdict(model_config), preset=config.model.preset)

@@ -4,6 +4,7 @@ It knows no model, data, loss or evaluation, only callables; `Trainer.step` is t
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,16 @@ def total_steps(config: TrainConfig, loader: Loader) -> int:
     return min(limit for limit in limits if limit)
 
 
+def completed(config: TrainConfig, steps: int, device: torch.device) -> TrainConfig:
+    """The config with what it leaves open about the loop decided for a run of so many steps on that device."""
+    return dataclasses.replace(
+        config,
+        precision=best_precision(device) if config.precision == "auto" else config.precision,
+        eval_every=config.eval_every or math.ceil(steps / 10),
+        save_every=config.save_every or math.ceil(steps / 5),
+    )
+
+
 def dropout_seed(seed: int, step: int, micro_batch: int, dp_rank: int) -> int:
     """A 63-bit seed that differs wherever one of the four does: each is folded in by a multiply-xor round."""
     mixed = 0
@@ -136,7 +147,7 @@ class Trainer:
         config_dict: dict[str, Any] | None = None,
     ):
         self.model, self.optimizer, self.objective, self.loader = model, optimizer, objective, loader
-        self.config, self.steps, self.lr_at, self.dist = config, steps, lr_at, dist
+        self.config, self.steps, self.lr_at, self.dist = completed(config, steps, dist.device), steps, lr_at, dist
         self.grad_clip, self.seed, self.evaluate, self.run, self.log_every = grad_clip, seed, evaluate, run, log_every
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.identity, self.config_dict = identity or {}, config_dict or {}
@@ -144,9 +155,8 @@ class Trainer:
         self.progress = Progress()
         self.stop_signal: str | None = None
         self.unsaved = False  # whether the weights have changed since they were last saved or loaded
-        precision = best_precision(dist.device) if config.precision == "auto" else config.precision
-        self.dtype = DTYPES[precision]
-        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=precision == "fp16")
+        self.dtype = DTYPES[self.config.precision]
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.config.precision == "fp16")
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -238,8 +248,6 @@ class Trainer:
         that is saved has a row of metrics, so that between two rows all steps took equally many samples.
         """
         at, config = self.progress, self.config
-        eval_every = config.eval_every or math.ceil(self.steps / 10)
-        save_every = config.save_every or math.ceil(self.steps / 5)
         clock = Clock(at.tokens, self.flops_per_token, self.peak_flops)
         metrics = self.run.metrics if self.run and self.dist.is_main else None
         saved_at = at.step
@@ -261,8 +269,8 @@ class Trainer:
                     raise
                 at.seconds += clock.last
                 log.advance()
-                evaluate = self.evaluate is not None and (at.step % eval_every == 0 or self.over())
-                save = self.unsaved and at.step % save_every == 0  # what is saved already evicts nothing
+                evaluate = self.evaluate is not None and (at.step % config.eval_every == 0 or self.over())
+                save = self.unsaved and at.step % config.save_every == 0  # what is saved already evicts nothing
                 if evaluate or save or at.step % self.log_every == 0 or self.over():
                     self.report(log, self.row(figures, clock), evaluate)
                 if save:

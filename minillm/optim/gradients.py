@@ -1,6 +1,6 @@
 """What happens to the gradients between backward and the optimizer's step."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,3 +31,11 @@ def add_l1(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
         if group["l1"] and parameters:
             torch._foreach_add_([p.grad for p in parameters], torch._foreach_sign(parameters), alpha=group["l1"])
+
+
+def run_closure(closure: Callable[[], Any] | None) -> Any:
+    """What torch's optimizers do with a closure: it computes the loss and its gradients anew."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillm.optim.gradients import run_closure
+
 
 class Lamb(torch.optim.Optimizer):
     """Steps of length lr |w| along Adam's direction r + weight_decay w, for each parameter tensor by itself.
@@ -29,10 +31,7 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = run_closure(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from minillm.optim.gradients import run_closure
+
 # A quintic whose repeated application brings every singular value in (0, 1] near 1: Jordan 2024,
 # https://kellerjordan.github.io/posts/muon/. It ends between 0.7 and 1.2, which trains as well as exactly 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -48,10 +50,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = run_closure(closure)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for parameter in parameters:
