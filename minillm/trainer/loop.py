@@ -4,58 +4,24 @@ It knows no model, data, loss or evaluation, only callables; `Trainer.step` is t
 """
 
 import contextlib
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from minillm import checkpoint
-from minillm.distributed.context import Context, best_precision, peak_memory
+from minillm.distributed.context import Context, peak_memory
 from minillm.distributed.parallelize import parameter_names
 from minillm.log import LOGGER, Clock, RunLog
 from minillm.objectives import Objective
 from minillm.optim import clip_grad_norm_, optimizer_tensors
 from minillm.run import RunDirectory
 from minillm.signals import stop_requests
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The loop: how long, how much a step, in which precision, how often to look and to save."""
-
-    max_steps: Annotated[int | None, "optimizer steps; none: chosen for the size of the corpus", ">= 1"] = None
-    max_tokens: Annotated[int | None, "also stop after this many tokens", ">= 1"] = None
-    max_epochs: Annotated[float | None, "also stop after this many passes over the corpus", "> 0"] = None
-    max_hours: Annotated[float | None, "also stop after this many hours of training", "> 0"] = None
-    batch_tokens: Annotated[int | None, "tokens a step over all ranks; none: chosen", ">= 1"] = None
-    micro_batch_size: Annotated[int | None, "sequences a forward; none: as many as fit well", ">= 1"] = None
-    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "auto: bf16 where the device is fast at it"] = "auto"
-    activation_checkpointing: Annotated[
-        Literal["none", "selective", "full"], "recompute nothing, attention, or whole blocks to save memory"
-    ] = "none"
-    compile: Annotated[bool, "compile each block (minutes at the start, faster steps after)"] = False
-    eval_every: Annotated[int | None, "steps between evaluations; none: ten a run", ">= 1"] = None
-    save_every: Annotated[int | None, "steps between checkpoints; none: five a run", ">= 1"] = None
-    keep_last: Annotated[int, "checkpoints kept", ">= 1"] = 2
-    patience: Annotated[int | None, "stop after so many evaluations in a row without a better val_loss", ">= 1"] = None
-    max_bad_steps: Annotated[int, "non-finite steps in a row after which the run stops", ">= 1"] = 10
-
-
-class Loader(Protocol):
-    """Where batches come from: a pure function of how many samples the run has consumed."""
-
-    samples_per_step: int
-    samples_per_epoch: int
-    tokens_per_step: int
-
-    def batches(self, cursor: int) -> Sequence[Any]: ...
+from minillm.trainer.config import DTYPES, Loader, TrainConfig, completed
 
 
 class Stopped(Exception):
@@ -80,28 +46,6 @@ class Progress:
     best_step: int | None = None
     evaluations_since_best: int = 0
     unevaluated: dict[str, Any] | None = None  # the row of a step whose evaluation a signal cut short
-
-
-def total_steps(config: TrainConfig, loader: Loader) -> int:
-    """The step at which a run ends, from whichever of max_steps, max_tokens and max_epochs comes first."""
-    limits = [
-        config.max_steps,
-        config.max_tokens and math.ceil(config.max_tokens / loader.tokens_per_step),
-        config.max_epochs and math.ceil(config.max_epochs * loader.samples_per_epoch / loader.samples_per_step),
-    ]
-    if not any(limits):
-        raise ValueError("train.max_steps: no end is set; give train.max_steps, train.max_tokens or train.max_epochs")
-    return min(limit for limit in limits if limit)
-
-
-def completed(config: TrainConfig, steps: int, device: torch.device) -> TrainConfig:
-    """The config with what it leaves open about the loop decided for a run of so many steps on that device."""
-    return dataclasses.replace(
-        config,
-        precision=best_precision(device) if config.precision == "auto" else config.precision,
-        eval_every=config.eval_every or math.ceil(steps / 10),
-        save_every=config.save_every or math.ceil(steps / 5),
-    )
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, dp_rank: int) -> int:
