@@ -2,9 +2,13 @@ from setuptools import find_packages, setup
 
 CORE = ["torch>=2.11", "numpy", "sentencepiece", "safetensors", "tqdm"]
 EXTRAS = {
-    "test": ["pytest", "ruff", "transformers"],
-    "bench": ["transformers"],
+    "data": ["pyarrow"],
+    "hf": ["tokenizers", "huggingface_hub"],
+    "track": ["tensorboard", "wandb"],
+    "plot": ["matplotlib"],
+    "bench": ["transformers", "datasketch"],
 }
+EXTRAS["test"] = sorted({"pytest", "ruff", "transformers", "datasketch"}.union(*EXTRAS.values()))
 
 setup(
     name="minillm",
