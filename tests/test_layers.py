@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "minillm"
 LAYERS = [
-    ["files"],
+    ["files", "scripts"],
     ["config", "log", "losses", "optim", "run", "signals", "tokenizer"],
     ["model"],
     ["data", "distributed", "lora"],
