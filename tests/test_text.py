@@ -1,13 +1,17 @@
 """Reading text: every format, every way to cut documents, bounded memory, and each kind of broken input."""
 
+import csv
 import gzip
+import io
 import json
 import random
+import sys
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
+from minillm.data import tables
 from minillm.data import text as text_module
 from minillm.data.config import DataConfig
 from minillm.data.text import Document, cut_point, documents, find_files
@@ -30,6 +34,20 @@ def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+def write_parquet(path, columns: dict[str, list], **settings):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow (extra data) is not installed")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path, **settings)
+    return path
+
+
+def csv_of(rows: list[list[str]]) -> str:
+    file = io.StringIO()
+    csv.writer(file, quoting=csv.QUOTE_ALL).writerows(rows)
+    return file.getvalue()
 
 
 def error_of(path, **settings) -> str:
@@ -65,9 +83,43 @@ def test_another_field_can_hold_the_text(tmp_path):
     assert whole([path], DataConfig(text_field="body")) == [(f"{path}:1", "hello")]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_rows_of_csv_are_documents(tmp_path):
+    content = 'id,text\n1,one\n\n2,"two, with ""quotes""\r\nand\n\na second line"\n3,\n4,"四"\n5,5" wide\n'
+    path = write(tmp_path / "a.csv", content)
+    expected = [(2, "one"), (4, 'two, with "quotes"\nand\n\na second line'), (9, "四"), (10, '5" wide')]
+    assert whole([path]) == [(f"{path}:{line}", text) for line, text in expected]
+    assert [text for _, text in whole([path], DataConfig(text_field="id"))] == ["1", "2", "3", "4", "5"]
+    for ending in ("\r\n", "\n"):
+        path = write(tmp_path / "b.csv", f"text{ending}one{ending}  {ending}two")
+        assert whole([path]) == [(f"{path}:2", "one"), (f"{path}:4", "two")]
+
+
+def test_rows_of_parquet_are_documents_known_by_their_number(tmp_path):
+    texts = ["one\r\ntwo", "  ", "三", "four"]
+    path = write_parquet(tmp_path / "a.parquet", {"id": [1, 2, 3, 4], "text": texts}, row_group_size=3)
+    assert whole([path]) == [(f"{path}:1", "one\ntwo"), (f"{path}:3", "三"), (f"{path}:4", "four")]
+
+
+def test_every_way_to_store_text_in_parquet_reads_alike(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow (extra data) is not installed")
+    dice = random.Random(0)
+    texts = [dice.choice(WORDS) * dice.randrange(1, 30) for _ in range(300)]
+    plain = pyarrow.array(texts)
+    for number, (array, settings) in enumerate(
+        [
+            (plain, {"use_dictionary": False, "data_page_size": 100}),
+            (plain.cast(pyarrow.large_string()), {"compression": "zstd", "row_group_size": 7}),
+            (plain.dictionary_encode(), {"data_page_version": "2.0", "write_page_checksum": True}),
+        ]
+    ):
+        path = write_parquet(tmp_path / f"{number}.parquet", {"text": array, "other": texts}, **settings)
+        assert whole([path]) == [(f"{path}:{n}", text) for n, text in enumerate(texts, 1)]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
 def test_gz_reads_as_what_it_packs(tmp_path, name):
-    content = {"a.txt": "one\ntwo", "a.jsonl": '{"text": "one"}\n"two"\n', "a.json": '["one", "two"]'}[name]
+    content = {"a.txt": "one\ntwo", "a.jsonl": '{"text": "one"}\n"two"\n', "a.json": '["one", "two"]'}
+    content = (content | {"a.csv": "text\none\ntwo"})[name]
     plain = write(tmp_path / name, content)
     packed = write(tmp_path / f"{name}.gz", gzip.compress(content.encode()))
     assert [text for _, text in whole([packed])] == [text for _, text in whole([plain])]
@@ -75,7 +127,12 @@ def test_gz_reads_as_what_it_packs(tmp_path, name):
 
 def test_bom_is_not_text(tmp_path):
     bom = b"\xef\xbb\xbf"
-    for name, content in (("a.txt", b"hello"), ("a.jsonl", b'"hello"'), ("a.json", b'["hello"]')):
+    for name, content in (
+        ("a.txt", b"hello"),
+        ("a.jsonl", b'"hello"'),
+        ("a.json", b'["hello"]'),
+        ("a.csv", b"text\nhello"),
+    ):
         assert [text for _, text in whole([write(tmp_path / name, bom + content)])] == ["hello"]
 
 
@@ -91,6 +148,8 @@ def test_crlf_reads_as_lf(tmp_path):
 def test_a_file_without_text_has_no_documents(tmp_path):
     for name, content in (("a.txt", ""), ("b.txt", " \n\t\n"), ("a.jsonl", "\n"), ("a.json", ""), ("b.json", " [ ] ")):
         assert whole([write(tmp_path / name, content)]) == []
+    for content in ("", "\n\n", "id,text\n", "id,text"):
+        assert whole([write(tmp_path / "a.csv", content)]) == []
 
 
 # --- paths ------------------------------------------------------------------------------------------------------------
@@ -138,8 +197,9 @@ def test_a_path_that_is_not_there_is_named_with_the_nearest(tmp_path):
 
 
 def test_a_format_that_is_not_read_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.parquet: cannot tell the format .* \.txt, \.jsonl or \.json"):
-        find_files(write(tmp_path / "a.parquet", "x"))
+    for name in ("a.docx", "a.parquet.gz", "parquet", "a.gz", ".gz", "a.csv.zip"):
+        with pytest.raises(ValueError, match=rf"{name}: cannot tell the format .* \.csv, .* or \.parquet"):
+            find_files(write(tmp_path / name, "x"))
 
 
 # --- broken input -----------------------------------------------------------------------------------------------------
@@ -238,6 +298,65 @@ def test_a_row_without_text_is_refused(tmp_path, row, what):
     assert error_of(as_list).startswith(f"{as_list}:2: {what}")
 
 
+def test_broken_csv_is_named_by_the_line_where_the_row_begins(tmp_path):
+    expected = {
+        'id,text\n1,"one\n\nmore"\n2,two,too,many\n': (5, "4 fields, expected 2"),
+        "id,text\n1,one\n2\n": (3, "1 field, expected 2"),
+        'id,text\n1,one\n2,"never\nclosed\n3,three\n': (3, "not valid CSV: unexpected end of data"),
+        'id,text\n1,"one" more\n': (2, "not valid CSV: ',' expected after '\"'"),
+        "\n\na,b\n1,2\n": (3, 'column "text" is missing (found: a, b); set data.text_field'),
+        "text,b,text\n": (1, 'column "text" is there more than once (found: text, b, text); set data.text_field'),
+        b"text\nfine\ncaf\xe9\n": (3, "not UTF-8 at byte 13; convert the file to UTF-8"),
+        'text\nfine\n"two\nlines \0"\n': (3, "a NUL character in the text"),
+    }
+    for content, (line, message) in expected.items():
+        path = write(tmp_path / "a.csv", content)
+        assert error_of(path).startswith(f"{path}:{line}: {message}"), content
+
+
+def test_a_line_of_csv_beyond_the_limit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MAX_LINE", 10**6)
+    text = "x" * 900_000
+    path = write(tmp_path / "a.csv", f"text\n{text}\n")
+    assert whole([path]) == [(f"{path}:2", text)]
+    path = write(tmp_path / "a.csv", f"text\nfine\n{text}{text}\n")
+    assert error_of(path).startswith(f"{path}:3: a line of more than 1,000,000 bytes")
+
+
+def test_parquet_without_the_column_is_refused_with_what_was_found(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", {"title": ["a"], "n": [1], "tags": [["a"]]})
+    found = 'column "text" is missing (found: title, n, tags); set data.text_field'
+    assert error_of(path) == f"{path}: {found}"
+    for field, kind in (("n", "int64"), ("tags", "list<")):
+        assert error_of(path, text_field=field).startswith(f'{path}: column "{field}" is {kind}')
+    assert [text for _, text in whole([path], DataConfig(text_field="title"))] == ["a"]
+
+
+def test_a_row_of_parquet_without_text_is_named_by_its_number(tmp_path):
+    texts = [f"text {n}" for n in range(100)]
+    path = write_parquet(tmp_path / "a.parquet", {"text": [*texts, None, "end"]}, row_group_size=30)
+    assert error_of(path) == f'{path}:101: column "text" is null; fix the row or leave it out'
+    path = write_parquet(tmp_path / "a.parquet", {"text": [*texts, "a\0b"]})
+    assert error_of(path).startswith(f"{path}:101: a NUL character")
+    pyarrow = pytest.importorskip("pyarrow")
+    latin = pyarrow.array([text.encode() for text in texts] + [b"caf\xe9"]).view(pyarrow.string())
+    path = write_parquet(tmp_path / "a.parquet", {"text": latin})
+    assert error_of(path) == f'{path}:101: column "text" is not UTF-8 at byte 3; fix the row or leave it out'
+
+
+def test_damaged_parquet_is_named(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", {"text": [f"text {n}" for n in range(100)]})
+    content = path.read_bytes()
+    for damaged in (b"", b"no parquet at all", content[:-20], content[:4] + content[20:]):
+        assert error_of(write(path, damaged)).startswith(f"{path}: the parquet data is damaged or cut short: ")
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    path = write(tmp_path / "a.parquet", b"PAR1")
+    assert error_of(path) == f"{path}: to read parquet, pyarrow is needed: pip install 'minillm[data]'"
+
+
 def test_half_a_surrogate_pair_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", '"\\ud83d\\ude42"\n{"text": "\\ud83d"}\n"\\ude42"\n')
     assert error_of(path).startswith(f"{path}:2: half a character, \\ud83d, in the text")
@@ -250,7 +369,7 @@ def test_damaged_gzip_is_named(tmp_path):
         assert error_of(path).startswith(f"{path}: the gzip data is damaged or cut short")
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.txt.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt.gz"])
 def test_damage_of_any_kind_is_refused_by_name_or_harmless(tmp_path, name):
     dice = random.Random(0)
     rows = [{"text": "Größe 猫 🙂\n" * n, "id": n} for n in range(8)]
@@ -258,8 +377,12 @@ def test_damage_of_any_kind_is_refused_by_name_or_harmless(tmp_path, name):
         "a.txt": "Größe 猫 🙂\r\n\r\n".encode() * 8,
         "a.jsonl": "".join(json.dumps(row, ensure_ascii=n % 2 == 0) + "\n" for n, row in enumerate(rows)).encode(),
         "a.json": json.dumps(rows, indent=1).encode(),
+        "a.csv": csv_of([["id", "text"], *([str(row["id"]), row["text"]] for row in rows)]).encode(),
         "a.txt.gz": gzip.compress("Größe 猫 🙂\n".encode() * 50),
-    }[name]
+    }.get(name)
+    if name == "a.parquet":
+        columns = {"id": [row["id"] for row in rows], "text": [row["text"] for row in rows]}
+        good = write_parquet(tmp_path / name, columns, write_page_checksum=True).read_bytes()
     errors = []
     for _ in range(300):
         bad = bytearray(good)
@@ -297,14 +420,15 @@ def test_blocks_and_pieces_of_any_size_make_the_same_documents(tmp_path, monkeyp
         path = write(tmp_path / "a.txt", text)
         rows = [random_text(dice) for _ in range(5)]
         jsonl = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        as_csv = write(tmp_path / "a.csv", csv_of([["text"], *([row] for row in rows)]))
         for document in ("file", "line", "blank"):
             config = DataConfig(document=document)
             monkeypatch.setattr(text_module, "BLOCK", 2**20)
             monkeypatch.setattr(text_module, "PIECE", 2**14)
-            expected = whole([path, jsonl], config)
+            expected = whole([path, jsonl, as_csv], config)
             monkeypatch.setattr(text_module, "BLOCK", dice.choice([8, 16, 40]))
             monkeypatch.setattr(text_module, "PIECE", dice.choice([8, 12, 30]))
-            found = whole([path, jsonl], config)
+            found = whole([path, jsonl, as_csv], config)
             assert found == expected, (trial, document, text)
 
 
@@ -320,7 +444,9 @@ def test_a_line_of_10_mb_comes_in_pieces(tmp_path):
             assert "".join(piece.text for piece in pieces[1:-1]) == sentence * (10**7 // len(sentence.encode()))
 
 
-@pytest.mark.parametrize("name", ["one_line.txt", "lines.txt", "one_line.txt.gz", "rows.jsonl", "rows.json"])
+@pytest.mark.parametrize(
+    "name", ["one_line.txt", "lines.txt", "one_line.txt.gz", "rows.jsonl", "rows.json", "rows.csv"]
+)
 def test_memory_does_not_grow_with_the_file(tmp_path, name):
     block = ("x " * 500).strip()
     part = {"one_line": block + " ", "lines": block + "\n"}.get(name.split(".")[0], json.dumps({"text": block}) + ",")
@@ -329,6 +455,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
         content = f"[{content[:-1]}]"
     if name == "rows.jsonl":
         content = content.replace(",", "\n")
+    if name == "rows.csv":
+        content = "text\n" + (block + "\n") * 24_000
     path = tmp_path / name
     with gzip.open(path, "wt", compresslevel=1) if name.endswith(".gz") else open(path, "w") as file:
         file.write(content)
@@ -339,6 +467,19 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
     tracemalloc.stop()
     assert size >= 23_000_000
     assert peak < 13 * 2**20, f"{peak / 2**20:.1f} MiB"
+
+
+def test_memory_does_not_grow_with_the_row_group(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow (extra data) is not installed")
+    dice = random.Random(0)
+    texts = [dice.randbytes(500).hex() for _ in range(24_000)]  # 24 MB that hardly pack, as one row group
+    path = write_parquet(tmp_path / "a.parquet", {"text": texts}, use_dictionary=False)
+    before, peak, size = pyarrow.total_allocated_bytes(), 0, 0
+    for document in documents([path], DataConfig()):
+        size += len(document.text)
+        peak = max(peak, pyarrow.total_allocated_bytes() - before)
+    assert size == 24_000_000
+    assert peak < 8 * 2**20, f"{peak / 2**20:.1f} MiB"
 
 
 def test_pieces_have_the_tokens_of_the_whole(monkeypatch, tmp_path):
@@ -374,6 +515,9 @@ def test_the_examples_read_as_their_readme_says():
         assert len(whole([data / "fables.txt"], DataConfig(document=document))) == count
     assert len(whole([data / "facts.jsonl"])) == 6
     assert len(whole([data / "notes.json"])) == 3
+    assert len(whole([data / "proverbs.csv"])) == 6
+    pytest.importorskip("pyarrow", reason="pyarrow (extra data) is not installed")
+    assert len(whole([data / "riddles.parquet"])) == 4
 
 
 # --- real text --------------------------------------------------------------------------------------------------------
@@ -386,6 +530,9 @@ def test_real_files_read_as_they_are(real_data):
     poems = whole([real_data / "tang_poems.jsonl"])
     lines = (real_data / "tang_poems.jsonl").read_text().splitlines()
     assert [text for _, text in poems] == [json.loads(line)["text"] for line in lines]
+    with open(real_data / "crows_pairs.csv", newline="", encoding="utf-8") as file:
+        expected = [row["sent_more"] for row in csv.DictReader(file)]
+    assert [text for _, text in whole([real_data / "crows_pairs.csv"], DataConfig(text_field="sent_more"))] == expected
     answers = whole([real_data / "alpaca_zh.json"], DataConfig(text_field="output"))
     rows = json.loads((real_data / "alpaca_zh.json").read_text())
     assert [text for _, text in answers] == [row["output"] for row in rows if row["output"].strip()]

@@ -18,12 +18,12 @@ class DataConfig:
     """What is trained on, and how it is cut into rows."""
 
     path: Annotated[
-        str | list[str] | None, "files, folders or globs of .txt, .jsonl, .json or their .gz; none: embedded stories"
+        str | list[str] | None, "files, folders or globs of .txt, .jsonl, .json, .csv, .parquet; none: embedded stories"
     ] = None
     document: Annotated[
         Literal["file", "line", "blank"], "one document of a .txt: the file, each line, or what blank lines separate"
     ] = "file"
-    text_field: Annotated[str, "field of a JSON row that holds its text"] = "text"
+    text_field: Annotated[str, "field of a JSON row, or column of a table, that holds the text"] = "text"
     val: Annotated[
         str, "held out: a fraction (the tail of the text), 'hash F' (by each document's hash), a path, 0, or auto"
     ] = "auto"

@@ -22,7 +22,7 @@ __all__ = ["Prepared", "TokenStore", "changed_files", "describe", "is_prepared",
 
 logger = logging.getLogger("minillm")
 
-GZIP_RATIO = 3  # text is about this much larger than its .gz
+PACKED_RATIO = 3  # text is about this much larger than its .gz or .parquet
 SHARD_TOKENS = 2**28  # 512 MiB of uint16
 SMALL_CORPUS = 2**24  # bytes: 16 MiB are tokenised here in the time it takes to start processes
 HASHED_CORPUS = 2**26  # bytes: up to 64 MiB, content decides whether a file has changed; beyond, size and mtime
@@ -60,7 +60,8 @@ def prepare(
 
 def size_of_text(files: list[Path]) -> int:
     """About how many bytes of text the files hold, from their sizes."""
-    return sum(file.stat().st_size * (GZIP_RATIO if file.suffix == ".gz" else 1) for file in files)
+    packed = (".gz", ".parquet")
+    return sum(file.stat().st_size * (PACKED_RATIO if file.suffix.lower() in packed else 1) for file in files)
 
 
 def identify(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int) -> dict:

@@ -8,7 +8,7 @@ without the cut whenever there is such a place: before a single space between tw
     blocks  |...........|...........|..........|   Block: raw bytes and where they stand
     pieces  |..|...|....|                          Document: text, where it stands, whether it starts or ends here
 
-A row of JSON is the one thing that has to be held whole: at most MAX_ROW bytes of it.
+A row of JSON or of a table is the one thing that has to be held whole: at most MAX_ROW bytes of it.
 """
 
 import difflib
@@ -24,11 +24,13 @@ from typing import BinaryIO, NamedTuple
 from minillm.data.config import DataConfig
 from minillm.data.json_rows import json_list_rows, jsonl_rows, row_texts
 from minillm.data.store import is_prepared
+from minillm.data.tables import Rows, csv_rows, parquet_rows
 
 BLOCK = 2**20  # bytes read at a time: 0.2 s of tokenising, so that a process is not kept waiting for its next one
 PIECE = 2**14  # bytes: sentencepiece encodes pieces of 16 KiB three times as fast as one text of 1 MiB
 MAX_ROW = 2**28  # bytes of one JSON row, 256 MiB
-FORMATS = ".txt, .jsonl or .json, or one of these and .gz"
+KINDS = ("txt", "jsonl", "json", "csv", "parquet")
+FORMATS = ".txt, .jsonl, .json or .csv, one of these and .gz, or .parquet"
 OTHER = ("dataset_info.json", "tokenizer.json")  # no text, but found beside it
 SPACES = b" \t\r\n"
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r\f\v]*\n)+")
@@ -62,7 +64,7 @@ class Block(NamedTuple):
 
     file: str
     raw: bytes
-    rows: tuple[list[int], list[str]]  # lines and texts of the rows of a .json, which is parsed where it is read
+    rows: tuple[list[int], list[str]]  # lines and texts of what is parsed where it is read: .json, .csv, .parquet
     line: int  # of the first byte
     offset: int  # of the first byte, in the text as unpacked
     starts: bool  # whether its first document starts in it
@@ -71,11 +73,11 @@ class Block(NamedTuple):
 
 
 def text_format(path: str | Path) -> str | None:
-    """txt, jsonl or json by the name of a file, `.gz` left aside; None for any other."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes[-1:] == [".gz"]:
-        suffixes.pop()
-    return suffixes[-1][1:] if suffixes and suffixes[-1] in (".txt", ".jsonl", ".json") else None
+    """One of KINDS by the name of a file, `.gz` left aside; None for any other."""
+    suffixes = [suffix.lower()[1:] for suffix in Path(path).suffixes]
+    packed = suffixes[-1:] == ["gz"]
+    kind = suffixes[-2:-1] if packed else suffixes[-1:]
+    return kind[0] if kind and kind[0] in KINDS and (packed, kind) != (True, ["parquet"]) else None
 
 
 def documents(files: Iterable[str | Path], config: DataConfig) -> Iterator[Document]:
@@ -142,10 +144,10 @@ def blocks(path: str | Path, config: DataConfig) -> Iterator[Block]:
     kind = text_format(path)
     assert kind is not None, path
     with opened(path) as (file, packed):
-        if kind == "json":
-            yield from json_blocks(str(path), file, packed, config)
-        else:
+        if kind in ("txt", "jsonl"):
             yield from raw_blocks(str(path), file, packed, "row" if kind == "jsonl" else config.document)
+        else:
+            yield from row_blocks(str(path), packed, parsed_rows(kind, str(path), file, config.text_field))
 
 
 @contextmanager
@@ -217,13 +219,22 @@ def cut_point(raw: bytes) -> int:
     return max(1, at)
 
 
-def json_blocks(name: str, file: BinaryIO, packed: BinaryIO, config: DataConfig) -> Iterator[Block]:
-    """The rows of a .json list, gathered until they fill a block."""
+def row_blocks(name: str, packed: BinaryIO, rows: Rows) -> Iterator[Block]:
+    """Rows that are parsed where they are read: what fills a block."""
     read = 0
-    for lines, values in json_list_rows(name, file, BLOCK, MAX_ROW):
-        rows = lines, row_texts(values, lines, name, config.text_field)
-        yield Block(name, b"", rows, lines[0], 0, True, True, packed.tell() - read)
+    for lines, texts in rows:
+        yield Block(name, b"", (lines, texts), lines[0], 0, True, True, packed.tell() - read)
         read = packed.tell()
+
+
+def parsed_rows(kind: str, name: str, file: BinaryIO, field: str) -> Rows:
+    """(lines, texts) of the rows of a file, as many at a time as fill a block."""
+    if kind == "json":
+        rows = json_list_rows(name, file, BLOCK, MAX_ROW)
+    else:
+        rows = {"csv": csv_rows, "parquet": parquet_rows}[kind](name, file, field, BLOCK)
+    for lines, values in rows:
+        yield lines, row_texts(values, lines, name, field)
 
 
 # --- from a block to documents ----------------------------------------------------------------------------------------
@@ -246,13 +257,13 @@ def parse(block: Block, config: DataConfig) -> Pieces:
 def texts_of(block: Block, config: DataConfig) -> tuple[list[int], list[str]]:
     """(lines, texts) of the documents of a block, the first and the last perhaps in part; "" for a blank one."""
     kind = text_format(block.file)
-    if kind == "json":
-        lines, texts = map(list, block.rows)
+    if kind == "txt":
+        lines, texts = text_parts(decoded(block), block, config.document)
     elif kind == "jsonl":
         lines, values = jsonl_rows(decoded(block), block.file, block.line)
         texts = row_texts(values, lines, block.file, config.text_field)
     else:
-        lines, texts = text_parts(decoded(block), block, config.document)
+        lines, texts = map(list, block.rows)
     whole = slice(0 if block.starts else 1, None if block.ends else -1)
     if any(map(str.isspace, texts[whole])):
         texts[whole] = ["" if text.isspace() else text for text in texts[whole]]
