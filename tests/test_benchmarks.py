@@ -116,3 +116,95 @@ def test_tuning_on_questions_reports_each_family(asking, tmp_path, capsys):
     asking.main([str(tmp_path / "model"), "--steps", "2", "--rows", "1", "--asked", "6", "--row", "512"])
     table = rows(capsys.readouterr().out.partition("\n\n")[2])
     assert [row[0] for row in table] == ["recall", "reading", "counting"]
+
+
+# --- ablations --------------------------------------------------------------------------------------------------------
+
+TINY = """
+[tokenizer]
+kind = "byte"
+[data]
+path = "text.txt"
+document = "line"
+val = 0.2
+seq_len = 16
+[model]
+dim = 16
+n_layers = 1
+n_heads = 2
+max_seq_len = 16
+[optim]
+lr = 1e-2
+[train]
+max_steps = 3
+batch_tokens = 32
+"""
+
+
+@pytest.fixture
+def ablate():
+    spec = importlib.util.spec_from_file_location("ablate", BENCHMARKS / "ablate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def ablation(tmp_path, monkeypatch):
+    """An ablation of two learning rates and one that cannot work, over a base that trains in a moment."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the cat sat on the mat\n" * 40)
+    (tmp_path / "tiny.toml").write_text(TINY)
+    path = tmp_path / "rates.toml"
+    path.write_text('base = "tiny.toml"\n[[vary]]\n"optim.lr" = [1e-9, 1e-2]\n"train.max_steps" = 3\n')
+    return path
+
+
+def test_each_variant_is_trained_once_and_stands_in_the_table(ablate, ablation, tmp_path, capsys, monkeypatch):
+    assert ablate.main([str(ablation), "--runs", "runs"]) == 0
+    table = (tmp_path / "runs" / "rates.md").read_text()
+    assert table in capsys.readouterr().out
+    (low, *_, worse), (high, *_, better) = rows(table)
+    assert (low, high) == ("1e-09", "0.01")
+    assert float(better.strip("*")) < float(worse)
+    assert better == f"**{better.strip('*')}**"
+    ran = []
+    monkeypatch.setattr(ablate.subprocess, "run", lambda *arguments, **options: ran.append(arguments))
+    assert ablate.main([str(ablation), "--runs", "runs"]) == 0
+    assert not ran
+    assert (tmp_path / "runs" / "rates.md").read_text() == table
+    (tmp_path / "tiny.toml").write_text(TINY.replace("dim = 16", "dim = 32"))
+    before, after = (ablate.run_directory(tmp_path, ablate.read_ablation(ablation), {}, seed) for seed in (0, 1))
+    assert before != after
+    assert not (tmp_path / "runs" / "rates" / before.name).exists()  # of another base nothing is finished
+
+
+def test_a_variant_that_fails_is_named_and_the_others_go_on(ablate, ablation, tmp_path, capsys):
+    ablation.write_text('base = "tiny.toml"\n[[vary]]\n"model.n_heads" = [3, 2]\n')
+    assert ablate.main([str(ablation), "--runs", "runs"]) == 1
+    assert "n_heads: 3 does not divide dim 16" in capsys.readouterr().out
+    assert [row[-1] == "did not finish" for row in rows((tmp_path / "runs" / "rates.md").read_text())] == [True, False]
+
+
+def test_an_ablation_that_is_none_is_refused_before_the_first_run(ablate, ablation, tmp_path, capsys):
+    wrong = tmp_path / "wrong.toml"
+    for text, problem in [
+        ('base = "tiny.toml"\n', "nothing varies"),
+        ('base = "nowhere.toml"\n[[vary]]\n"optim.lr" = 1\n', "nowhere.toml is no file"),
+        ('base = "tiny.toml"\n[optim]\nlr = 1\n', "optim is not known here"),
+    ]:
+        wrong.write_text(text)
+        with pytest.raises(SystemExit):
+            ablate.main([str(ablation), str(wrong), "--runs", "runs"])
+        assert problem in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_best_of_each_group_follows_a_grid(ablate):
+    results = [
+        ablate.Result({"optim.name": name, "optim.lr": lr}, loss, 0.0, 1, 1.0)
+        for name, lr, loss in [("adamw", 1, 2.0), ("adamw", 2, 1.0), ("sgd", 1, 3.0), ("sgd", 2, None)]
+    ]
+    table = ablate.make_table(results, [0])
+    best = table.partition("The best of each optim.name:")[2]
+    assert [row[:2] for row in rows(best)] == [["adamw", "2"], ["sgd", "1"]]
