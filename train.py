@@ -4,6 +4,7 @@ python train.py                                        the embedded corpus: minu
 python train.py --data.path my.txt                     your text; a configuration that fits its size is chosen
 python train.py configs/shakespeare-char.toml --data.path tinyshakespeare.txt
 python train.py --run.dir runs/mine --run.resume auto  continue where it stopped
+python train.py configs/continue.toml --model.path runs/mine --data.path new.txt   new text, from those weights
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from minillm.distributed.parallelize import parallelize
 from minillm.eval.perplexity import evaluate, token_byte_lengths
 from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
+from minillm.load import load_weights
 from minillm.log import LOGGER, LogConfig, curve, read_metrics, run_command
 from minillm.model.config import ModelSection
 from minillm.model.init import init_weights
@@ -36,7 +38,16 @@ from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
 from minillm.optim import OptimConfig, build_optimizer, lr_at, warmup_steps
 from minillm.plan import count_parameters, flops_per_token, micro_batch_size, optimizer_for, recommend
-from minillm.recipe import earlier, earlier_run, is_none, preset_layer, read_layers, starting_point, without_limits
+from minillm.recipe import (
+    earlier,
+    earlier_run,
+    is_none,
+    preset_layer,
+    read_layers,
+    source_layer,
+    starting_point,
+    without_limits,
+)
 from minillm.run import RunConfig, RunDirectory, open_run
 from minillm.tokenizer import Tokenizer, TokenizerConfig
 from minillm.trainer import DTYPES, TrainConfig, Trainer, completed, total_steps
@@ -81,6 +92,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     given = read_layers(Config, argv)
     home = earlier_run(given)
+    given = [*source_layer(given, resumed=home), *given]
     below = earlier(home, given) if home else fitting(given)
     config = build(Config, [*below, *given])  # every mistake is reported before anything is touched
     if not home:
@@ -93,6 +105,8 @@ def main(argv: Sequence[str]) -> int:
         if start:
             trainer.resume(start)
             LOGGER.info("resumed from %s", start)
+        elif config.model.path:
+            start_from(config.model.path, trainer)
         if trainer.over() and not trainer.progress.unevaluated and run.finished_at(trainer.progress.step):
             LOGGER.info("%s: the run is finished at step %d; there is nothing to do", run.path, trainer.progress.step)
             return 0
@@ -184,7 +198,7 @@ def make_trainer(
     train = completed(dataclasses.replace(train, max_steps=steps, micro_batch_size=rows), steps, device)
     optim = dataclasses.replace(config.optim, warmup_steps=warmup_steps(config.optim, steps), warmup_ratio=None)
     log = dataclasses.replace(config.log, every=config.log.every or max(1, steps // ROWS_OF_METRICS))
-    section = ModelSection(**dataclasses.asdict(model_config), preset=config.model.preset)
+    section = ModelSection(**dataclasses.asdict(model_config), preset=config.model.preset, path=config.model.path)
     data = dataclasses.replace(data, val=prepared.info["settings"]["val"])
     config = dataclasses.replace(config, model=section, data=data, train=train, optim=optim, log=log)
 
@@ -231,6 +245,16 @@ def make_trainer(
         config_dict=to_dict(config),
     )
     return trainer, config
+
+
+def start_from(path: str, trainer: Trainer) -> None:
+    """Give the model the weights of an earlier one, and say how well it does on this text before the first step."""
+    folder = load_weights(path, trainer.model)
+    said = ""
+    if trainer.evaluate:
+        with trainer.autocast():
+            said = f": val loss {trainer.evaluate(lambda: None)['val_loss']:.4f} before the first step"
+    LOGGER.info("weights from %s%s", folder, said)
 
 
 def make_evaluation(

@@ -30,16 +30,8 @@ def load(
     Raises ValueError for a path that is none of these, a damaged checkpoint, and a tokenizer that is not the model's.
     """
     folder = find_checkpoint(Path(path), step)
-    state, manifest = checkpoint.verify(folder, skip=checkpoint.OPTIM)
-    homes = [folder]  # where config and tokenizer may be: beside the weights, or in the run that they are from
-    if folder.name.startswith("step-"):
-        homes.append(folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent)
-    tokenizer = find_tokenizer(homes, state)
-    config = find_config(homes, state, tokenizer)
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{folder}: its model has {config.vocab_size} tokens, the tokenizer beside it {tokenizer.vocab_size}"
-        )
+    _, manifest = checkpoint.verify(folder, skip=checkpoint.OPTIM)
+    config, tokenizer = describe(folder)
     with torch.device("meta"):
         model = Transformer(config)
     for name, parameter in model.named_parameters():
@@ -50,6 +42,34 @@ def load(
     parameters = dict(model.named_parameters())
     checkpoint.fill(folder, manifest, checkpoint.match_tensors(folder, manifest, parameters, skip=checkpoint.OPTIM))
     return model.eval(), tokenizer
+
+
+def describe(folder: Path) -> tuple[ModelConfig, Tokenizer | None]:
+    """The shape of a checkpoint's model, and its tokenizer; the weights are not read."""
+    state, _ = checkpoint.read(folder)
+    tokenizer = find_tokenizer(folder, state)
+    config = find_config(folder, state, tokenizer)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{folder}: its model has {config.vocab_size} tokens, the tokenizer beside it {tokenizer.vocab_size}"
+        )
+    return config, tokenizer
+
+
+@torch.no_grad()
+def load_weights(path: str | Path, model: Transformer) -> Path:
+    """Fill a model with the weights of a run, checkpoint or saved folder, in dtypes of its own; returns the checkpoint.
+
+    What no weight depends on may differ: how long sequences are, RoPE, dropout. Raises ValueError where a weight has
+    another shape or is missing.
+    """
+    folder = find_checkpoint(Path(path))
+    source, into = parameter_names(load(folder)[0]), parameter_names(model)
+    if {name: p.shape for name, p in source.items()} != {name: p.shape for name, p in into.items()}:
+        raise ValueError(f"{folder}: its model has another shape than the one that is to start from it")
+    for name, parameter in into.items():
+        parameter.copy_(source[name])
+    return folder
 
 
 def save(model: Transformer, tokenizer: Tokenizer | None, directory: str | Path) -> Path:
@@ -97,31 +117,43 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     )
 
 
-def find_tokenizer(homes: list[Path], state: dict) -> Tokenizer | None:
-    """The tokenizer in the first of the directories that has one; ValueError when it is not that of `state`."""
-    home = next((home for home in homes if (home / "tokenizer.json").exists()), None)
+def homes_of(folder: Path) -> list[Path]:
+    """Where config and tokenizer may be: beside the weights, or in the run that they are from."""
+    if not folder.name.startswith("step-"):
+        return [folder]
+    return [folder, folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent]
+
+
+def tokenizer_home(folder: Path) -> Path | None:
+    """The directory of a checkpoint's tokenizer."""
+    return next((home for home in homes_of(folder) if (home / "tokenizer.json").exists()), None)
+
+
+def find_tokenizer(folder: Path, state: dict) -> Tokenizer | None:
+    """The tokenizer of a checkpoint, where it is there; ValueError when it is not that of `state`."""
+    home = tokenizer_home(folder)
     expected = state.get("tokenizer_hash")
     if home is None:
         if expected is not None:
-            logger.warning("%s: the tokenizer this model was trained with is not there", homes[-1])
+            logger.warning("%s: the tokenizer this model was trained with is not there", homes_of(folder)[-1])
         return None
     tokenizer = load_tokenizer(home)
     if expected not in (None, tokenizer.hash):
         raise ValueError(
-            f"{home}: its tokenizer (hash {tokenizer.hash[:12]}) is not the one that {homes[0]} was trained with "
+            f"{home}: its tokenizer (hash {tokenizer.hash[:12]}) is not the one that {folder} was trained with "
             f"(hash {expected[:12]}); put that one back"
         )
     return tokenizer
 
 
-def find_config(homes: list[Path], state: dict, tokenizer: Tokenizer | None) -> ModelConfig:
+def find_config(folder: Path, state: dict, tokenizer: Tokenizer | None) -> ModelConfig:
     """The model's shape, from the checkpoint's own state or else from the config.json of one of the directories."""
-    source, config = homes[0] / "state.json", state.get("config") or {}
+    source, config = folder / "state.json", state.get("config") or {}
     if "model" not in config:
-        source = next((home / "config.json" for home in homes if (home / "config.json").exists()), None)
+        source = next((home / "config.json" for home in homes_of(folder) if (home / "config.json").exists()), None)
         config = read_json(source) if source else {}
     if not isinstance(config.get("model"), dict):
-        raise ValueError(f"{homes[0]}: the shape of the model is unknown: no section `model` in {source or 'a config'}")
+        raise ValueError(f"{folder}: the shape of the model is unknown: no section `model` in {source or 'a config'}")
     section = {name: value for name, value in config["model"].items() if name not in ("preset", "path")}
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     if unknown := sorted(section.keys() - known):

@@ -1,15 +1,20 @@
 """How a script's configuration comes about: preset < file < command line, or what an earlier run had below them."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minillm import checkpoint
-from minillm.config import ConfigError, Layer, arguments, file_layer, lookup, nearest
-from minillm.load import find_checkpoint
+from minillm.config import ConfigError, Layer, arguments, convert, fields_of, file_layer, lookup, nearest
+from minillm.load import describe, find_checkpoint, tokenizer_home
+from minillm.model.config import ModelConfig
 from minillm.model.presets import PRESETS, preset_fields
 from minillm.run import RunConfig, RunDirectory
+from minillm.tokenizer import Tokenizer, load_tokenizer
 
+# What may differ from the model that training starts from: no weight depends on it.
+MAY_DIFFER = ("max_seq_len", "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "dropout")
 LIMITS = ("train.max_steps", "train.max_tokens", "train.max_epochs")
 
 
@@ -32,6 +37,69 @@ def preset_layer(layers: Sequence[Layer]) -> list[Layer]:
         return [Layer(f"preset {name}", {}, (problem,))]
     fields = preset_fields(name)
     return [Layer(f"preset {name}", {f"model.{key}": fields[key] for key in fields if key != "vocab_size"})]
+
+
+def source_layer(given: Sequence[Layer], resumed: Path | None = None) -> list[Layer]:
+    """The shape and the tokenizer of the model that `model.path` says to start from, below what else is given.
+
+    What contradicts them is a problem of the layer: the weights fit no other shape, and mean nothing to another
+    tokenizer. A run that is `resumed` has both of its own.
+    """
+    path = lookup(given, "model.path")
+    if is_none(path):
+        return []
+    origin, source = f"model.path {path}", Path(str(path)).resolve()
+    run = Path(str(lookup(given, "run.dir", RunConfig.dir))).resolve()
+    if run in (source, *source.parents):
+        ways = "choose another run.dir to start from it, or continue it with --run.resume auto and without model.path"
+        return [Layer(origin, {}, (f"model.path: {path} is in the directory of this very run, {run}; {ways}",))]
+    if resumed is not None:
+        return []
+    try:
+        folder = find_checkpoint(Path(str(path)))
+        config, tokenizer = describe(folder)
+        problems = [*other_shape(given, config, path), *other_tokenizer(given, tokenizer, path)]
+    except ValueError as error:
+        return [Layer(origin, {}, (f"model.path: {error}",))]
+    values = {f"model.{name}": value for name, value in dataclasses.asdict(config).items()}
+    if tokenizer is not None:
+        values |= {"tokenizer.path": str(tokenizer_home(folder)), "tokenizer.kind": tokenizer.kind}
+    return [Layer(origin, values, tuple(problems))]
+
+
+def other_shape(given: Sequence[Layer], config: ModelConfig, path: str) -> list[str]:
+    """What is given about a model's shape and is not that of the source."""
+    problems = []
+    learned = config.position == "learned"  # positions that are weights: as many as there are
+    for field in fields_of(ModelConfig, "model."):
+        name = field.name.removeprefix("model.")
+        value, there = lookup(given, field.name), getattr(config, name)
+        if is_none(value) or (name in MAY_DIFFER and not (learned and name == "max_seq_len")):
+            continue
+        try:
+            if convert(value, field.type) != there:
+                problems.append(f"{field.name}: {value} is given, but {path} has {there}; leave it out")
+        except (ValueError, TypeError, KeyError, OverflowError):
+            continue  # reported with the other mistakes
+    return problems
+
+
+def other_tokenizer(given: Sequence[Layer], tokenizer: Tokenizer | None, path: str) -> list[str]:
+    """What is given about a tokenizer and is not that of the source."""
+    theirs, kind = lookup(given, "tokenizer.path"), lookup(given, "tokenizer.kind")
+    vocab_size = lookup(given, "tokenizer.vocab_size")
+    if tokenizer is None:
+        missing = f"model.path: no tokenizer is beside {path}; give the one that it was trained with as tokenizer.path"
+        return [missing] if is_none(theirs) else []
+    if not is_none(theirs):
+        other = load_tokenizer(str(theirs))
+        if other.hash != tokenizer.hash:
+            return [f"tokenizer.path: {theirs} is another tokenizer than that of {path}; leave it out"]
+    elif kind not in (None, tokenizer.kind):
+        return [f"tokenizer.kind: {kind} is given, but {path} has a tokenizer of kind {tokenizer.kind}; leave it out"]
+    elif not is_none(vocab_size) and str(vocab_size) != str(tokenizer.vocab_size):
+        return [f"tokenizer.vocab_size: {vocab_size} is given, but {path} has {tokenizer.vocab_size}; leave it out"]
+    return []
 
 
 def is_none(value: Any) -> bool:

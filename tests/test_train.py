@@ -19,6 +19,7 @@ import train
 from minillm import checkpoint, cli
 from minillm.log import read_metrics, run_command
 from minillm.recipe import read_layers
+from minillm.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -576,3 +577,96 @@ def test_a_compiled_model_trains_like_one_that_is_not(workplace, monkeypatch):
     assert len(blocks) == 1
     for row, other in zip(losses("runs/small"), losses("runs/compiled"), strict=True):
         assert other == pytest.approx(row, rel=1e-4)
+
+
+# --- from the weights of an earlier run -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(workplace):
+    """A finished run to start from, and another text in the same letters."""
+    assert run() == 0
+    words = random.Random(1).choices("here is the hen and there it goes again to the pen".split(), k=2500)
+    (workplace / "new.txt").write_text("\n".join(" ".join(words[i : i + 12]) for i in range(0, 2500, 12)))
+    return workplace / "runs" / "small"
+
+
+def continued(*words):
+    """What a user types to go on from the run: nothing about its shape or tokenizer."""
+    given = ["--data.path", "text.txt", "--data.document", "line", "--data.val", "0.1", "--train.max_steps", "3"]
+    given += ["--model.path", "runs/small", "--run.dir", "runs/new", "--data.seq_len", "32", "--log.every", "1"]
+    return run_command(train.main, [*given, "--train.batch_tokens", "256", "--optim.lr", "1e-2", *map(str, words)])
+
+
+def test_a_new_run_begins_with_the_loss_that_the_earlier_one_ended_with(source, capsys):
+    """At step 0, with a learning rate that moves nothing; then it learns, and its rate warms up again."""
+    val_loss = json.loads((source / "summary.json").read_text())["val_loss"]
+    assert continued("--train.max_steps", 1, "--optim.lr", "1e-30", "--optim.weight_decay", 0) == 0
+    assert f"val loss {val_loss:.4f} before the first step" in capsys.readouterr().err
+    (row,) = losses("runs/new")
+    assert (row["step"], row["tokens"]) == (1, 256)
+    assert row["val_loss"] == pytest.approx(val_loss, abs=1e-6)
+    old, new = minillm.load("runs/small")[0], minillm.load("runs/new")[0]
+    assert new.config == old.config
+    assert continued("--data.path", "new.txt", "--run.dir", "runs/other", "--optim.warmup_steps", 2) == 0
+    rows = losses("runs/other")
+    assert [row["lr"] for row in rows] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
+    assert [row["step"] for row in rows] == [1, 2, 3]
+
+
+def test_a_run_that_started_from_another_goes_on_without_it(source, workplace):
+    assert continued("--train.max_steps", 12, "--train.save_every", 5) == 0
+    whole = weights("runs/new")
+    shutil.rmtree("runs/new/checkpoints/step-00000012")
+    shutil.move(source, workplace / "away")
+    (workplace / "runs/new/summary.json").unlink()
+    assert run_command(train.main, ["--run.dir", "runs/new", "--run.resume", "auto"]) == 0
+    assert weights("runs/new") == whole
+
+
+def test_what_no_weight_depends_on_may_change(source):
+    changes = ["--model.max_seq_len", 128, "--model.rope_scaling", "linear", "--model.rope_factor", 2]
+    assert continued(*changes, "--model.dropout", 0.2, "--train.max_steps", 1) == 0
+    config = minillm.load("runs/new")[0].config
+    assert (config.max_seq_len, config.rope_scaling, config.rope_original_len, config.dropout) == (
+        128,
+        "linear",
+        64,
+        0.2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--model.dim", 64], "model.dim: 64 is given, but runs/small has 32; leave it out"),
+        (["--model.preset", "micro"], "model.n_layers: 5 is given, but runs/small has 2; leave it out"),
+        (["--model.norm", "layernorm"], "model.norm: layernorm is given, but runs/small has rmsnorm; leave it out"),
+        (["--tokenizer.kind", "char"], "tokenizer.kind: char is given, but runs/small has a tokenizer of kind byte"),
+        (["--tokenizer.path", "tok"], "tokenizer.path: tok is another tokenizer than that of runs/small; leave it out"),
+        (["--model.path", "nowhere"], "model.path: nowhere: does not exist (expected a run"),
+        (["--run.dir", "runs/small"], "model.path: runs/small is in the directory of this very run"),
+        (["--run.dir", "runs/small", "--run.resume", "auto"], "choose another run.dir to start from it, or continue"),
+    ],
+)
+def test_what_contradicts_the_weights_is_refused(source, capsys, words, problem):
+    CharTokenizer("abc ").save(Path("tok"))
+    before = weights("runs/small")
+    capsys.readouterr()
+    assert continued(*words) == 1
+    error = capsys.readouterr().err
+    assert problem in error
+    assert "Traceback" not in error
+    assert not Path("runs/new").exists()
+    assert weights("runs/small") == before
+
+
+def test_a_saved_folder_in_half_precision_can_be_started_from(source):
+    model, tokenizer = minillm.load("runs/small")
+    minillm.save(model.to(torch.bfloat16), tokenizer, "saved")
+    minillm.save(model, None, "bare")
+    assert continued("--model.path", "saved", "--train.max_steps", 1, "--optim.lr", "1e-30") == 0
+    new = minillm.load("runs/new")[0].state_dict()
+    assert all(p.dtype == torch.float32 and torch.equal(p, model.state_dict()[name].float()) for name, p in new.items())
+    assert continued("--model.path", "bare", "--run.dir", "runs/bare") == 1
+    assert continued("--model.path", "bare", "--run.dir", "runs/bare", "--tokenizer.path", "saved") == 0

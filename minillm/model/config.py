@@ -84,6 +84,9 @@ class ModelSection(ModelConfig):
 
     vocab_size: Annotated[int | None, "how many tokens there are (none: as many as the tokenizer has)", ">= 1"] = None
     preset: Annotated[str | None, "name of a known shape, such as gpt2-124m; other fields override it"] = None
+    path: Annotated[str | None, "run, checkpoint or saved folder whose weights, shape and tokenizer to start from"] = (
+        None
+    )
 
     def __post_init__(self):
         # None stays None: a section is a request, and a later override may still change what follows from it
