@@ -23,7 +23,8 @@ from minillm.data.clean.minhash import EMPTY, band_keys, check_bands
 from minillm.data.order import mix64
 from minillm.files import explained
 
-BLOCK = 2**16  # documents looked at together
+ROWS = 2**14  # signatures read together, 8 MB
+BLOCK = 2**16  # keys read together
 SORTED = 2**22  # keys sorted together, at most but for chance: 130 MB
 PAIRS = 2**11  # compared together: up to 64 KiB of a mapped file come to memory for a signature
 REACH = 256  # in a bucket larger than that a document is compared with so many after it, and not with all
@@ -66,8 +67,8 @@ def near_duplicates(
     check_bands(bands, rows, signatures.shape[1])
     group = np.arange(len(signatures))
     with temporary_array((bands, len(signatures)), directory) as keys:
-        for start in range(0, len(signatures), BLOCK):
-            stop = min(start + BLOCK, len(signatures))
+        for start in range(0, len(signatures), ROWS):
+            stop = min(start + ROWS, len(signatures))
             block = band_keys(signatures[start:stop], bands, rows)
             empty = np.flatnonzero((signatures[start:stop] == EMPTY).all(axis=1))
             block[empty] = mix64(start + empty.astype(np.uint64))[:, None]  # a bucket of its own
@@ -117,7 +118,8 @@ def equal_keys(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         found, documents = found[by_key], documents[by_key]
         same = found[1:] == found[:-1]
         repeated = np.concatenate([same, [False]]) | np.concatenate([[False], same])
-        yield documents[repeated], found[repeated]
+        if repeated.any():
+            yield documents[repeated], found[repeated]
 
 
 def in_part(keys: np.ndarray, part: int, parts: int) -> Iterator[np.ndarray]:
@@ -135,7 +137,9 @@ def join_buckets(
 
     A bucket that has become one group is done, so that thousands of copies take as many comparisons, not their square.
     """
-    for distance in range(1, REACH):
+    distance = 0
+    while len(keys) and distance < REACH:
+        distance += 1
         together = keys[distance:] == keys[:-distance]  # sorted: then all between have the same key
         a, b = documents[:-distance][together], documents[distance:][together]
         join_similar(group, a, b, signatures, threshold)
@@ -144,8 +148,6 @@ def join_buckets(
         several = np.minimum.reduceat(roots, starts) != np.maximum.reduceat(roots, starts)
         going_on = np.repeat(several & (sizes > distance + 1), sizes)
         documents, keys = documents[going_on], keys[going_on]
-        if len(keys) == 0:
-            break
 
 
 def join_similar(group: np.ndarray, a: np.ndarray, b: np.ndarray, signatures: np.ndarray, threshold: float) -> None:

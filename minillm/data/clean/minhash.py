@@ -16,12 +16,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minillm.data.clean.words import Ragged, batches, ngram_hashes, span_hashes, word_hashes
+from minillm.data.clean.words import BASE, Ragged, batches, ngram_hashes, powers, word_hashes
 from minillm.data.order import make_key, mix64
 
 N_PERM = 128
 NGRAM = 5
-BLOCK = 2**13  # shingles that go through all orders before the next: 32 KiB, which the first cache holds
 EMPTY = 2**32 - 1  # every place of the signature of a text without words
 
 
@@ -33,22 +32,26 @@ def shingles(texts: Sequence[str], n: int = NGRAM) -> Ragged:
 def signatures(texts: Sequence[str], n_perm: int = N_PERM, n: int = NGRAM, seed: int = 0) -> np.ndarray:
     """MinHash signatures of texts: (texts, n_perm) uint32, the same on every machine.
 
-    Texts with the same set of n-grams have the same signature. Two without any word do too: see `EMPTY`.
+    Texts with the same set of n-grams have the same signature; that of a text without words is EMPTY in every place.
     """
-    out = np.empty((len(texts), n_perm), np.uint32)
-    for start, stop in batches(texts):
-        sketch(shingles(texts[start:stop], n), seed, out[start:stop])
-    return out
+    parts = [sketch(shingles(texts[start:stop], n), n_perm, seed) for start, stop in batches(texts)]
+    return np.concatenate([np.empty((0, n_perm), np.uint32), *parts])
 
 
-def sketch(shingles: Ragged, seed: int, out: np.ndarray) -> None:
-    """Fill out, (documents, n_perm) uint32, with the least of each document's shingles in each order."""
-    n_perm = out.shape[1]
-    factors, offsets = permutations(n_perm, seed)
+def sketch(shingles: Ragged, n_perm: int, seed: int) -> np.ndarray:
+    """The least of each document's shingles in each order: (documents, n_perm) uint32."""
     hashes = (shingles.values >> np.uint64(32)).astype(np.uint32)
-    for i in range(len(out)):
-        own = hashes[shingles.offsets[i] : shingles.offsets[i + 1]]
-        out[i] = (own * factors[:, None] + offsets[:, None]).min(axis=1, initial=EMPTY)
+    filled = np.flatnonzero(np.diff(shingles.offsets))
+    starts = shingles.offsets[filled]
+    least = np.empty((n_perm, len(filled)), np.uint32)
+    ordered = np.empty_like(hashes)  # of a batch, small enough for the cache
+    for factor, offset, row in zip(*permutations(n_perm, seed), least):
+        np.multiply(hashes, factor, out=ordered)
+        np.add(ordered, offset, out=ordered)
+        np.minimum.reduceat(ordered, starts, out=row)
+    out = np.full((len(shingles.offsets) - 1, n_perm), EMPTY, np.uint32)
+    out[filled] = least.T
+    return out
 
 
 def permutations(n_perm: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -66,11 +69,9 @@ def band_keys(signatures: np.ndarray, bands: int, rows: int) -> np.ndarray:
 
     Band b is columns b * rows to (b + 1) * rows. A text without words has keys like any other: see near_duplicates.
     """
-    n, n_perm = signatures.shape
-    check_bands(bands, rows, n_perm)
-    values = np.ascontiguousarray(signatures[:, : bands * rows]).reshape(-1)
-    starts = np.arange(0, len(values), rows)
-    return span_hashes(values, starts, starts + rows).reshape(n, bands)
+    check_bands(bands, rows, signatures.shape[1])
+    values = signatures[:, : bands * rows].reshape(-1, bands, rows)
+    return mix64((values * powers(BASE, rows)).sum(axis=2))
 
 
 def check_bands(bands: int, rows: int, n_perm: int) -> None:
@@ -83,11 +84,11 @@ def candidate_probability(similarity: np.ndarray, bands: int, rows: int) -> np.n
     return 1 - (1 - np.asarray(similarity, float) ** rows) ** bands
 
 
-def choose_bands(threshold: float, n_perm: int = N_PERM, false_negative_weight: float = 0.5) -> tuple[int, int]:
+def choose_bands(threshold: float, n_perm: int = N_PERM, false_negative_weight: float = 0.9) -> tuple[int, int]:
     """(bands, rows), of at most n_perm in all, with the least weighted area of error around a threshold of similarity.
 
     False positives are the area under the candidate probability below the threshold, false negatives that over it
-    above; a larger weight of the latter finds more, and compares more pairs in vain.
+    above. They weigh more by default: a candidate too many is compared and found different, one too few is lost.
     """
     if not 0 < threshold < 1:
         raise ValueError(f"threshold is {threshold}; it must lie between 0 and 1, such as 0.8")
