@@ -129,6 +129,8 @@ def earlier(home: Path, given: list[Layer]) -> list[Layer]:
     values = {name: saved[name] for name in saved if name not in ("run.dir", "run.resume", "run.device")}
     if (home / "tokenizer.json").is_file():
         values |= {"tokenizer.path": str(home), "tokenizer.vocab_size": None}
+    if lookup(given, "optim.warmup_ratio") is not None:  # what was made of it then would stand beside it now
+        values.pop("optim.warmup_steps", None)
     return [Layer(str(home / "config.json"), without_limits(values, given))]
 
 

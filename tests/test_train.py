@@ -579,6 +579,13 @@ def test_a_compiled_model_trains_like_one_that_is_not(workplace, monkeypatch):
         assert other == pytest.approx(row, rel=1e-4)
 
 
+def test_a_warm_up_given_as_a_ratio_may_be_given_again_on_resume(workplace):
+    assert run("--optim.warmup_ratio", 0.5) == 0
+    before = losses("runs/small")
+    assert run("--optim.warmup_ratio", 0.5, "--run.resume", "auto") == 0
+    assert losses("runs/small") == before
+
+
 # --- from the weights of an earlier run -------------------------------------------------------------------------------
 
 
