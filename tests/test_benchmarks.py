@@ -208,3 +208,65 @@ def test_the_best_of_each_group_follows_a_grid(ablate):
     table = ablate.make_table(results, [0])
     best = table.partition("The best of each optim.name:")[2]
     assert [row[:2] for row in rows(best)] == [["adamw", "2"], ["sgd", "1"]]
+
+
+# --- a GPU ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu", BENCHMARKS / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "in_fresh_process", lambda function: function())
+    return module
+
+
+def test_every_setting_is_measured_from_end_to_end(gpu, capsys):
+    """But for compiling, which takes a minute: every change that the tiny model has."""
+    gpu.main(["--tiny", "--device", "cpu", "--steps", "1", "--warmup", "1", "--changes", "all"])
+    printed = capsys.readouterr().out
+    table = rows(printed.partition("\naimed at")[0])
+    assert [line[1] for line in table] == [
+        "",
+        "half the micro-batch",
+        "twice the micro-batch",
+        "selective checkpointing",
+        "full checkpointing",
+        "vocabulary padded to 128",
+        "optimizer not fused",
+        "packed documents",
+    ]
+    assert [line[2] for line in table] == ["4", "2", "8", *["4"] * 5]
+    assert all(float(line[3]) > 0 and float(line[5].rstrip("%")) > 0 for line in table)
+    assert "7B on one H200" in printed
+
+
+def test_the_share_of_the_peak_is_that_of_the_plan(gpu):
+    setting = gpu.TINY["tiny"]
+    found = gpu.Measured(seconds=0.5, peak_bytes=2**30, loss=4.6)
+    line = gpu.row("tiny", "", setting, found, peak=1e9, base=found)
+    flops = 256 / 0.5 * (6 * gpu_matmul_parameters() + 12 * 2 * 32 * 32)
+    assert [cell.strip() for cell in line.split("|")[4:-1]] == ["500", "512", f"{flops / 1e9:.1%}", "1.0", "1.00"]
+    assert "out of memory" in gpu.row("tiny", "", setting, None, peak=1e9, base=found)
+
+
+def gpu_matmul_parameters() -> int:
+    """Of 2 layers of width 32, MLP 128, and a head of 97 tokens."""
+    return 2 * (4 * 32 * 32 + 2 * 32 * 128) + 97 * 32
+
+
+def test_running_out_of_memory_is_a_row_of_the_table(gpu, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("of 141 GB")
+
+    monkeypatch.setattr(gpu, "make_trainer", too_large)
+    assert gpu.measure(gpu.TINY["tiny"], "cpu", steps=1, warmup=0) is None
+
+
+def test_an_optimizer_that_is_not_fused_takes_the_other_kernel(gpu):
+    for fused in (True, False):
+        trainer = gpu.make_trainer(gpu.TINY["tiny"]._replace(fused=fused), CPU, steps=1)
+        trainer.step()
+        trainer.loader.close()
+        assert {group["fused"] for group in trainer.optimizer.param_groups} == {fused}
