@@ -88,9 +88,10 @@ def test_from_files_and_in_parts_the_groups_are_the_same(corpus, tmp_path, monke
     for sizes in ({}, {"ROWS": 16, "BLOCK": 7, "SORTED": 50, "PAIRS": 3}):
         for name, size in sizes.items():
             monkeypatch.setattr(duplicates, name, size)
-        mapped = open_signatures(path, found.shape[1])
-        assert np.array_equal(mapped, found)
-        assert np.array_equal(near_duplicates(mapped, BANDS, ROWS, THRESHOLD, tmp_path), expected)
+        stored = open_signatures(path, found.shape[1])
+        assert np.array_equal(stored[:], found)
+        assert np.array_equal(stored[np.array([5, 3])], found[[5, 3]])
+        assert np.array_equal(near_duplicates(stored, BANDS, ROWS, THRESHOLD, tmp_path), expected)
         assert list(tmp_path.iterdir()) == [path]
 
 
@@ -100,7 +101,15 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path):
     with pytest.raises(ValueError, match="signatures: 100 bytes are no whole number of signatures of 16"):
         open_signatures(path, 16)
     path.write_bytes(b"")
-    assert open_signatures(path, 16).shape == (0, 16)
+    assert near_duplicates(open_signatures(path, 128), BANDS, ROWS, THRESHOLD, tmp_path).tolist() == []
+
+
+def test_a_full_disk_is_one_line(disk):
+    place, fill = disk
+    fill()
+    found = signatures([f"hen {i}" for i in range(2000)])
+    with pytest.raises(ValueError, match="cannot be written: the (disk is full|file would be larger)"):
+        near_duplicates(found, BANDS, ROWS, THRESHOLD, place)
 
 
 def test_no_documents_and_one():
@@ -114,6 +123,18 @@ def test_without_duplicates_each_document_is_its_own_group():
     texts = [" ".join(f"w{i}x{j}" for j in range(20)) for i in range(100)]
     assert near_duplicates(signatures(texts), BANDS, ROWS, THRESHOLD).tolist() == list(range(100))
     assert exact_duplicates(text_hashes(texts)).tolist() == list(range(100))
+
+
+def test_a_large_bucket_of_several_groups_is_searched_in_reach(monkeypatch):
+    bases = [" ".join(f"w{i}x{j}" for j in range(50)) for i in range(4)]
+    found = signatures([bases[i % 4] for i in range(400)])
+    found[:, 0] = 7  # with one row a band, one bucket holds all
+    expected = np.arange(400) % 4
+    assert np.array_equal(near_duplicates(found, 1, 1, THRESHOLD), expected)
+    monkeypatch.setattr(duplicates, "REACH", 4)  # as far as the next copy
+    assert np.array_equal(near_duplicates(found, 1, 1, THRESHOLD), expected)
+    monkeypatch.setattr(duplicates, "REACH", 3)
+    assert np.array_equal(near_duplicates(found, 1, 1, THRESHOLD), np.arange(400))
 
 
 def test_thousands_of_copies_are_one_group():

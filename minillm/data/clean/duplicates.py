@@ -4,8 +4,8 @@ Both answer with one array: for each document the number of the first one of its
 duplicate. `kept` makes of it which documents to keep.
 
 Equal keys are found by sorting, a part of the range of keys at a time, so that memory grows with the corpus only by
-what a document needs: 8 bytes for the answer. The signatures of near-duplicates are a memory-mapped file (4 * n_perm
-bytes a document), their band keys another (8 * bands).
+what a document needs: 8 bytes for the answer. The signatures of near-duplicates are a file (4 * n_perm bytes a
+document), their band keys another (8 * bands).
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,48 @@ from minillm.files import explained
 ROWS = 2**14  # signatures read together, 8 MB
 BLOCK = 2**16  # keys read together
 SORTED = 2**22  # keys sorted together, at most but for chance: 130 MB
-PAIRS = 2**11  # compared together: up to 64 KiB of a mapped file come to memory for a signature
-REACH = 256  # in a bucket larger than that a document is compared with so many after it, and not with all
+PAIRS = 2**14  # pairs compared together, 16 MB
+REACH = 256  # in a larger bucket a document is compared with so many after it, and not with all
+
+
+@dataclass(frozen=True)
+class SignatureFile:
+    """Signatures in a file, read by rows: `[slice]` or `[array of numbers]`, as those of an array; see open_signatures.
+
+    Nothing is mapped: far more of a mapped file than was read may count as memory of the process.
+    """
+
+    path: str | Path
+    shape: tuple[int, int]  # (documents, n_perm)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        n_perm = self.shape[1]
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(len(self))
+            count = max(0, stop - start) * n_perm
+            return np.fromfile(self.path, "<u4", count, offset=4 * n_perm * start).reshape(-1, n_perm)
+        out = np.empty((len(rows), n_perm), "<u4")
+        with open(self.path, "rb", buffering=0) as file:
+            for row, place in zip(rows.tolist(), out):
+                os.preadv(file.fileno(), [place], 4 * n_perm * row)
+        return out
+
+
+Signatures = np.ndarray | SignatureFile
+
+
+def open_signatures(path: str | Path, n_perm: int) -> SignatureFile:
+    """The signatures in a file: (documents, n_perm) uint32, little-endian, in order, as `tobytes` writes them.
+
+    Raises ValueError where the file was cut off.
+    """
+    size = Path(path).stat().st_size
+    if size % (4 * n_perm):
+        raise ValueError(f"{path}: {size:,} bytes are no whole number of signatures of {n_perm} permutations")
+    return SignatureFile(path, (size // (4 * n_perm), n_perm))
 
 
 def text_hashes(texts: Sequence[str]) -> np.ndarray:
@@ -53,27 +94,32 @@ def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
 
 
 def near_duplicates(
-    signatures: np.ndarray, bands: int, rows: int, threshold: float, directory: str | Path | None = None
+    signatures: Signatures,
+    bands: int,
+    rows: int,
+    threshold: float,
+    directory: str | Path | None = None,
 ) -> np.ndarray:
     """For each document the first of its group: (documents, n_perm) uint32 -> (documents,) int64.
 
     Two documents are joined when they have a band in common and at least `threshold` of their signatures' places agree;
     a group is all that are joined directly or through others. Texts without words are joined to none: equal ones are
-    exact duplicates.
+    exact duplicates. The order of the documents makes no difference, but where more than REACH have a band in common
+    and are not of one group.
 
-    The signatures may be a memory-mapped file (`open_signatures`). Band keys are kept in a temporary file in
-    `directory`, or in memory where there is none. Takes 8 bytes a document and some 300 MB.
+    Signatures may be in a file (`open_signatures`). Band keys are kept in a temporary file in `directory`, or in memory
+    where there is none. Takes 8 bytes a document and some 300 MB.
     """
     check_bands(bands, rows, signatures.shape[1])
     group = np.arange(len(signatures))
     with temporary_array((bands, len(signatures)), directory) as keys:
         for start in range(0, len(signatures), ROWS):
             stop = min(start + ROWS, len(signatures))
-            block = band_keys(signatures[start:stop], bands, rows)
-            empty = np.flatnonzero((signatures[start:stop] == EMPTY).all(axis=1))
-            block[empty] = mix64(start + empty.astype(np.uint64))[:, None]  # a bucket of its own
-            keys[:, start:stop] = block.T
-            let_go(signatures)
+            block = signatures[start:stop]
+            empty = np.flatnonzero((block == EMPTY).all(axis=1))
+            block_keys = band_keys(block, bands, rows)
+            block_keys[empty] = mix64(start + empty.astype(np.uint64))[:, None]  # a bucket of its own
+            keys[:, start:stop] = block_keys.T
             let_go(keys)
         for band in range(bands):
             for order, sorted_keys in equal_keys(keys[band]):
@@ -96,14 +142,6 @@ def kept(first: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarray:
     return keep
 
 
-def open_signatures(path: str | Path, n_perm: int) -> np.ndarray:
-    """The signatures in a file, mapped: (documents, n_perm) uint32, one after the other, as `tobytes` writes them."""
-    size = Path(path).stat().st_size
-    if size % (4 * n_perm):
-        raise ValueError(f"{path}: {size:,} bytes are no whole number of signatures of {n_perm} permutations")
-    return np.memmap(path, "<u4", "r", shape=(size // (4 * n_perm), n_perm)) if size else np.empty((0, n_perm), "<u4")
-
-
 # --- buckets: documents with the same key -----------------------------------------------------------------------------
 
 
@@ -111,9 +149,7 @@ def equal_keys(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Documents that share their key with others: (documents, keys), by key, then number, a part at a time."""
     parts = -(-len(keys) // SORTED)
     for part in range(parts):
-        documents = np.concatenate(list(in_part(keys, part, parts)))
-        found = np.asarray(keys[documents])
-        let_go(keys)
+        documents, found = map(np.concatenate, zip(*in_part(keys, part, parts)))
         by_key = np.argsort(found, kind="stable")
         found, documents = found[by_key], documents[by_key]
         same = found[1:] == found[:-1]
@@ -122,16 +158,17 @@ def equal_keys(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield documents[repeated], found[repeated]
 
 
-def in_part(keys: np.ndarray, part: int, parts: int) -> Iterator[np.ndarray]:
-    """The places of the keys in one of so many equal parts of their range."""
+def in_part(keys: np.ndarray, part: int, parts: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The keys in one of so many equal parts of their range: (documents, keys), a block at a time."""
     for start in range(0, len(keys), BLOCK):
-        high = np.asarray(keys[start : start + BLOCK]) >> np.uint64(32)
-        yield start + np.flatnonzero((high * np.uint64(parts)) >> np.uint64(32) == part)
-    let_go(keys)
+        block = np.array(keys[start : start + BLOCK])
+        here = np.flatnonzero(((block >> np.uint64(32)) * np.uint64(parts)) >> np.uint64(32) == part)
+        yield start + here, block[here]
+        let_go(keys)
 
 
 def join_buckets(
-    group: np.ndarray, documents: np.ndarray, keys: np.ndarray, signatures: np.ndarray, threshold: float
+    group: np.ndarray, documents: np.ndarray, keys: np.ndarray, signatures: Signatures, threshold: float
 ) -> None:
     """Join documents with the same key that are similar enough: each with the next, then the second next, and so on.
 
@@ -150,14 +187,13 @@ def join_buckets(
         documents, keys = documents[going_on], keys[going_on]
 
 
-def join_similar(group: np.ndarray, a: np.ndarray, b: np.ndarray, signatures: np.ndarray, threshold: float) -> None:
+def join_similar(group: np.ndarray, a: np.ndarray, b: np.ndarray, signatures: Signatures, threshold: float) -> None:
     """Join documents a[i] and b[i] for each i where the signatures agree in at least `threshold` of the places."""
     apart = find(group, a) != find(group, b)
     a, b = a[apart], b[apart]
     for start in range(0, len(a), PAIRS):
         x, y = a[start : start + PAIRS], b[start : start + PAIRS]
         agree = np.count_nonzero(signatures[x] == signatures[y], axis=1)
-        let_go(signatures)
         alike = agree >= threshold * signatures.shape[1]
         unite(group, x[alike], y[alike])
 
@@ -196,12 +232,15 @@ def temporary_array(shape: tuple[int, ...], directory: str | Path | None) -> Ite
         yield np.empty(shape, np.uint64)
         return
     with explained(directory), tempfile.TemporaryFile(dir=directory) as file:
-        os.posix_fallocate(file.fileno(), 0, 8 * math.prod(shape))  # a full disk is an error here, not a signal later
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a signal while the array is written
+            os.posix_fallocate(file.fileno(), 0, 8 * math.prod(shape))
         yield np.memmap(file, np.uint64, "r+", shape=shape)
 
 
 def let_go(array: np.ndarray) -> None:
     """Take the pages of a mapped file out of this process's memory; they are read again when they are needed."""
+    if not isinstance(array, np.memmap) or array.mode == "c":  # changes to a private copy would be lost
+        return
     while isinstance(array, np.ndarray):
         array = array.base
     if isinstance(array, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
