@@ -108,7 +108,7 @@ def test_a_full_disk_is_one_line(disk):
     place, fill = disk
     fill()
     found = signatures([f"hen {i}" for i in range(2000)])
-    with pytest.raises(ValueError, match="cannot be written: the (disk is full|file would be larger)"):
+    with pytest.raises(ValueError, match=r"cannot be written: the (disk is full|file would be larger)"):
         near_duplicates(found, BANDS, ROWS, THRESHOLD, place)
 
 
