@@ -41,6 +41,11 @@ def prepare(
     if len(paths) == 1 and is_prepared(paths[0]):
         logger.info("%s: prepared tokens; data.val and how documents are cut are as they were then", paths[0])
         return open_prepared(paths[0], tokenizer.hash)
+    if tokenizer.eos_id is None:
+        raise ValueError(
+            "tokenizer: it has no token to end a document with; name one of its vocabulary as eos_token in the "
+            "tokenizer_config.json beside it"
+        )
     if config.val_split().kind == "auto":
         config = dataclasses.replace(config, val=f"{val_fraction(size_of_text(find_files(paths)))}")
     identity = identify(config, tokenizer, shard_tokens)

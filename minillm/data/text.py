@@ -31,7 +31,7 @@ PIECE = 2**14  # bytes: sentencepiece encodes pieces of 16 KiB three times as fa
 MAX_ROW = 2**28  # bytes of one JSON row, 256 MiB
 KINDS = ("txt", "jsonl", "json", "csv", "parquet")
 FORMATS = ".txt, .jsonl, .json or .csv, one of these and .gz, or .parquet"
-OTHER = ("dataset_info.json", "tokenizer.json")  # no text, but found beside it
+OTHER = ("dataset_info.json", "tokenizer.json", "tokenizer_config.json")  # no text, but found beside it
 SPACES = b" \t\r\n"
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r\f\v]*\n)+")
 

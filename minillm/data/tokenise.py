@@ -256,10 +256,11 @@ def batches(pieces: Pieces) -> Iterator[Pieces]:
 
 def encode(pieces: Pieces, file: str, tokenizer: Tokenizer) -> tuple[np.ndarray, list[int]]:
     """(ids of all pieces, bos and eos included; how many of each piece)."""
+    texts = continued(pieces) if tokenizer.adds_space else pieces.texts
     try:
-        encoded = tokenizer.encode_arrays(pieces.texts)
+        encoded = tokenizer.encode_arrays(texts)
     except ValueError:
-        for text, line in zip(pieces.texts, pieces.lines):
+        for text, line in zip(texts, pieces.lines):
             try:
                 tokenizer.encode(text)
             except ValueError as error:
@@ -275,6 +276,11 @@ def encode(pieces: Pieces, file: str, tokenizer: Tokenizer) -> tuple[np.ndarray,
             parts.append(eos)
     lengths = [len(ids) + starts + ends for ids, starts, ends in zip(encoded, pieces.starts, pieces.ends)]
     return np.concatenate(parts), lengths
+
+
+def continued(pieces: Pieces) -> list[str]:
+    """The texts for a tokenizer that adds a space before each: a piece that goes on with one leaves that to it."""
+    return [text if starts else text.removeprefix(" ") for text, starts in zip(pieces.texts, pieces.starts)]
 
 
 def refuse_ids(pieces: Pieces, file: str, tokenizer: Tokenizer) -> None:

@@ -7,15 +7,15 @@ tokenizer has a hash, which data and checkpoints carry so that they can refuse a
 `kinds.py` encodes, decodes, saves and loads; `train.py` makes a tokenizer from a corpus.
 """
 
+from minillm.tokenizer.hf import HFTokenizer
 from minillm.tokenizer.kinds import (
     SPECIAL_TOKENS,
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
-    describe,
-    load_tokenizer,
 )
+from minillm.tokenizer.load import describe, load_tokenizer
 from minillm.tokenizer.train import TokenizerConfig, choose_vocab_size, train_tokenizer
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "BPETokenizer",
     "ByteTokenizer",
     "CharTokenizer",
+    "HFTokenizer",
     "Tokenizer",
     "TokenizerConfig",
     "choose_vocab_size",

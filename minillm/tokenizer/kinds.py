@@ -1,4 +1,4 @@
-"""The three kinds of tokenizer: encoding, decoding, files.
+"""What a tokenizer is, and the three kinds of our own: encoding, decoding, files.
 
 Ids start with the special tokens. BPE continues with 256 bytes, for what it has no piece for, then with pieces;
 `byte` continues with the 256 bytes, `char` with the characters of its corpus in order of code point.
@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import sentencepiece
 
-from minillm.files import explained, read_json, sha256, write_atomically
+from minillm.files import explained, write_atomically
 
 # The reserved places let a later chat format name its symbols without moving any other id.
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>")
@@ -36,6 +36,7 @@ class Tokenizer(Protocol):
     eos_id: int
     pad_id: int
     special_tokens: dict[str, int]
+    adds_space: bool  # whether encoding begins as if the text began with a space, which decoding takes away again
     hash: str  # sha256, hex, of everything that decides its ids
 
     def encode(self, text: str) -> list[int]:
@@ -64,15 +65,16 @@ class TableTokenizer(ABC):
     """What the kinds share: a table of the bytes of every id, from which decoding follows."""
 
     kind: str
+    adds_space = False
 
-    def __init__(self, table: list[bytes], special_tokens: dict[str, int], definition: dict):
+    def __init__(
+        self, table: list[bytes], special_tokens: dict[str, int], *, bos_id: int, eos_id: int, pad_id: int, hash: str
+    ):
         self.table = table
         self.vocab_size = len(table)
         self.special_tokens = special_tokens
-        self.bos_id, self.eos_id, self.pad_id = (special_tokens[name] for name in ("<s>", "</s>", "<pad>"))
-        self.definition = {"kind": self.kind, "vocab_size": len(table), "special_tokens": list(special_tokens)}
-        self.definition |= definition
-        self.hash = definition_hash(self.definition)
+        self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
+        self.hash = hash
 
     @abstractmethod
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -101,12 +103,26 @@ class TableTokenizer(ABC):
         for name, content in self.files().items():
             write_atomically(directory / name, content)
 
+    @abstractmethod
     def files(self) -> dict[str, bytes | str]:
         """Name and content of each file of a saved tokenizer, in the order of writing."""
+
+
+class OwnTokenizer(TableTokenizer):
+    """What our own kinds share: the names of the special tokens, and a definition that is hashed and saved."""
+
+    def __init__(self, table: list[bytes], special_tokens: dict[str, int], definition: dict):
+        self.definition = {"kind": self.kind, "vocab_size": len(table), "special_tokens": list(special_tokens)}
+        self.definition |= definition
+        bos_id, eos_id, pad_id = (special_tokens[name] for name in ("<s>", "</s>", "<pad>"))
+        hash = definition_hash(self.definition)
+        super().__init__(table, special_tokens, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, hash=hash)
+
+    def files(self) -> dict[str, bytes | str]:
         return {"tokenizer.json": json.dumps(self.definition | {"hash": self.hash}, indent=1) + "\n"}
 
 
-class BPETokenizer(TableTokenizer):
+class BPETokenizer(OwnTokenizer):
     """Byte-pair encoding by a sentencepiece model, given as the bytes of its file."""
 
     kind = "bpe"
@@ -184,7 +200,7 @@ def independent_parts(text: str) -> list[str]:
     return parts
 
 
-class CharTokenizer(TableTokenizer):
+class CharTokenizer(OwnTokenizer):
     """One id a character, for the characters of one corpus."""
 
     kind = "char"
@@ -218,7 +234,7 @@ class CharTokenizer(TableTokenizer):
         return CharTokenizer, (self.definition["characters"], self.definition["special_tokens"])
 
 
-class ByteTokenizer(TableTokenizer):
+class ByteTokenizer(OwnTokenizer):
     """One id a byte of UTF-8. Needs no training."""
 
     kind = "byte"
@@ -258,57 +274,3 @@ def refuse_surrogates(text: str, where: str = "") -> None:
 
 def definition_hash(definition: dict) -> str:
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer saved in a tokenizer folder, a run, or a checkpoint of a run.
-
-    Raises ValueError naming the file that is missing, damaged, or of a kind this version does not know.
-    """
-    folder = Path(path).absolute()
-    if not (folder / "tokenizer.json").exists() and folder.parent.name == "checkpoints":
-        folder = folder.parent.parent
-    description, model = folder / "tokenizer.json", folder / "tokenizer.model"
-    if not description.exists():
-        raise ValueError(f"{path}: no tokenizer.json there; give the folder of a tokenizer, a run or a checkpoint")
-    definition = read_json(description)
-    if definition.pop("hash", None) != definition_hash(definition):
-        raise ValueError(f"{description}: damaged or edited: its hash does not fit its content")
-    match definition["kind"]:
-        case "char":
-            return CharTokenizer(definition["characters"], definition["special_tokens"])
-        case "byte":
-            return ByteTokenizer(definition["special_tokens"])
-        case "bpe":
-            if not model.exists():
-                raise ValueError(f"{model}: missing; the tokenizer.json beside it needs it")
-            if sha256(model) != definition["model_sha256"]:
-                raise ValueError(f"{model}: damaged, or not the one that the tokenizer.json beside it was saved with")
-            return BPETokenizer(model.read_bytes())
-        case kind:
-            raise ValueError(f"{description}: kind {kind!r} is unknown; this version reads bpe, char and byte")
-
-
-def describe(tokenizer: Tokenizer, texts: str | Iterable[str] = ()) -> str:
-    """Lines for a person: kind, size, hash, special tokens and, given a text or many, how many tokens they take."""
-    facts = {
-        "kind": tokenizer.kind,
-        "vocabulary": f"{tokenizer.vocab_size:,} ids",
-        "hash": tokenizer.hash,
-        "special tokens": "  ".join(f"{id} {name}" for name, id in tokenizer.special_tokens.items()),
-    }
-    n_bytes = n_characters = n_tokens = 0
-    used, exact = set(), True
-    for text in [texts] if isinstance(texts, str) else texts:
-        ids = tokenizer.encode(text)
-        n_bytes, n_characters, n_tokens = n_bytes + len(text.encode()), n_characters + len(text), n_tokens + len(ids)
-        used.update(ids)
-        exact &= tokenizer.decode(ids) == text
-    if n_tokens:
-        facts |= {
-            "text": f"{n_bytes:,} bytes, {n_characters:,} characters, {n_tokens:,} tokens",
-            "a token holds": f"{n_bytes / n_tokens:.2f} bytes, {n_characters / n_tokens:.2f} characters",
-            "ids used": f"{len(used):,} of {tokenizer.vocab_size:,}",
-            "round trip": "exact" if exact else "NOT EXACT",
-        }
-    return "\n".join(f"{name:<15} {fact}" for name, fact in facts.items())

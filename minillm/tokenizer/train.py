@@ -17,9 +17,9 @@ from minillm.tokenizer.kinds import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
-    load_tokenizer,
     refuse_surrogates,
 )
+from minillm.tokenizer.load import load_tokenizer
 
 logger = logging.getLogger("minillm")
 
@@ -34,8 +34,12 @@ COVERAGE = 0.9995  # share of all characters that get a piece of their own, sent
 class TokenizerConfig:
     """How text becomes tokens."""
 
-    kind: Annotated[Literal["bpe", "char", "byte"], "BPE trained on the corpus, its characters, or bytes"] = "bpe"
-    path: Annotated[str | None, "folder of a trained tokenizer to use instead (its kind wins)"] = None
+    kind: Annotated[
+        Literal["bpe", "char", "byte", "hf"], "BPE trained on the corpus, its characters, bytes, or Hugging Face's"
+    ] = "bpe"
+    path: Annotated[str | None, "folder of a trained tokenizer, or tokenizer.json, to use instead (its kind wins)"] = (
+        None
+    )
     vocab_size: Annotated[
         int | None, "BPE: ids, special tokens and bytes included; none: chosen for the corpus", f">= {SMALLEST_BPE}"
     ] = None
@@ -44,6 +48,8 @@ class TokenizerConfig:
     ] = 50_000_000
 
     def __post_init__(self):
+        if self.kind == "hf" and self.path is None:
+            raise ValueError("path: kind hf needs the folder of a Hugging Face tokenizer, or its tokenizer.json")
         if self.vocab_size is not None and self.kind != "bpe":
             raise ValueError(f"vocab_size: {self.vocab_size} was given, but kind {self.kind} has a size of its own")
         if self.vocab_size is not None and self.vocab_size < SMALLEST_BPE:
@@ -61,6 +67,8 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     """
     if config.path is not None:
         tokenizer = load_tokenizer(config.path)
+        if config.kind == "hf" and tokenizer.kind != "hf":
+            raise ValueError(f"kind: hf was given, but the tokenizer in {config.path} is of kind {tokenizer.kind}")
         if config.vocab_size is not None and config.vocab_size > tokenizer.vocab_size:
             logger.info("tokenizer: %s has %d ids, fewer than vocab_size", config.path, tokenizer.vocab_size)
         elif config.vocab_size not in (None, tokenizer.vocab_size):
