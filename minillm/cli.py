@@ -25,6 +25,7 @@ from minillm.load import load
 from minillm.log import read_metrics, run_command
 from minillm.run import RunConfig, RunDirectory
 from minillm.tokenizer import TokenizerConfig, describe, load_tokenizer, train_tokenizer
+from minillm.tokenizer.eval import Text, measure, report
 
 
 class Verb(NamedTuple):
@@ -50,7 +51,14 @@ class TokenizerInfo:
     """Options of `tokenizer info`."""
 
     path: Annotated[str, "tokenizer folder or run"]
-    text: Annotated[str | None, "text to measure it on: a file, folder or glob; short for data.path"] = None
+
+
+@dataclass(frozen=True)
+class TokenizerEval:
+    """Options of `tokenizer eval`."""
+
+    path: Annotated[str, "tokenizer folder or run"]
+    against: Annotated[str | None, "another tokenizer to set beside it"] = None
     data: DataConfig = field(default_factory=DataConfig)
 
 
@@ -103,11 +111,16 @@ def tokenizer_train(options: TokenizerTrain) -> None:
 
 
 def tokenizer_info(options: TokenizerInfo) -> None:
-    """Say what a tokenizer is, and how well it packs a text."""
-    tokenizer = load_tokenizer(options.path)
-    path = options.text if options.text is not None else options.data.path
-    files = find_files(path) if path is not None else []
-    print(describe(tokenizer, (document.text for document in documents(files, options.data))))
+    """Say what a tokenizer is."""
+    print(describe(load_tokenizer(options.path)))
+
+
+def tokenizer_eval(options: TokenizerEval) -> None:
+    """Measure how well a tokenizer packs text, and whether the text comes back."""
+    tokenizers = [load_tokenizer(path) for path in (options.path, options.against) if path is not None]
+    data = with_path(options.data)
+    texts = (Text(document.text, document.file, document.line) for document in documents(find_files(data.path), data))
+    print(report(measure(tokenizers, texts)))
 
 
 def data_prepare(options: DataPrepare) -> None:
@@ -188,6 +201,9 @@ def generate_text(options: Generate) -> None:
 VERBS = {
     "tokenizer train": Verb(tokenizer_train, TokenizerTrain, ["out"], "OUT --data.path TEXT: train a tokenizer"),
     "tokenizer info": Verb(tokenizer_info, TokenizerInfo, ["path"], "PATH: what a tokenizer is"),
+    "tokenizer eval": Verb(
+        tokenizer_eval, TokenizerEval, ["path"], "PATH --data.path TEXT [--against OTHER]: how well it packs text"
+    ),
     "data prepare": Verb(data_prepare, DataPrepare, [], "--data.path TEXT: tokenise once, for every run after"),
     "data info": Verb(data_info, DataInfo, ["path"], "PATH: what prepared data holds"),
     "data inspect": Verb(data_inspect, DataInspect, ["path"], "RUN --step N: the documents and tokens of a step"),

@@ -86,8 +86,19 @@ def test_a_word_too_many_is_refused(capsys):
 
 def test_a_tokenizer_is_trained_and_described(workplace, capsys):
     assert minillm("tokenizer", "train", "tok", "--data.path", "rows.jsonl", "--tokenizer.vocab_size", 310) == 0
-    assert minillm("tokenizer", "info", "tok", "--text", "rows.jsonl") == 0
+    assert minillm("tokenizer", "info", "tok") == 0
     assert "bpe" in capsys.readouterr().out
+
+
+def test_a_tokenizer_is_measured_beside_another(workplace, capsys):
+    assert minillm("tokenizer", "train", "tok", "--data.path", "rows.jsonl", "--tokenizer.vocab_size", 310) == 0
+    assert minillm("tokenizer", "train", "bytes", "--tokenizer.kind", "byte") == 0
+    (workplace / "zh.txt").write_text("母鸡跑回家了。")
+    capsys.readouterr()
+    assert minillm("tokenizer", "eval", "tok", "--data.path", "rows.jsonl,zh.txt", "--against", "bytes") == 0
+    said = capsys.readouterr().out
+    for expected in ("bpe, 310 ids", "byte, 272 ids", "rows.jsonl", "zh.txt", "Latin", "Han", "round trip      exact"):
+        assert expected in said
 
 
 @pytest.mark.parametrize(("make", "what"), [("mkdir", "not empty"), ("write_text", "a file")])
@@ -108,7 +119,7 @@ def test_a_long_text_is_measured_exactly(workplace, capsys):
     (workplace / "long.txt").write_text(text)
     assert minillm("tokenizer", "train", "tok", "--tokenizer.kind", "byte") == 0
     capsys.readouterr()
-    assert minillm("tokenizer", "info", "tok", "--text", "long.txt") == 0
+    assert minillm("tokenizer", "eval", "tok", "--data.path", "long.txt") == 0
     assert f"{len(text):,} bytes, {len(text):,} characters, {len(text):,} tokens" in capsys.readouterr().out
 
 
@@ -116,7 +127,7 @@ def test_the_field_of_a_text_to_be_measured_can_be_chosen(workplace, capsys):
     """As the error for a row without the usual one says."""
     (workplace / "bodies.jsonl").write_text('{"body": "one red hen"}\n')
     assert minillm("tokenizer", "train", "tok", "--tokenizer.kind", "byte") == 0
-    words = ["tokenizer", "info", "tok", "--text", "bodies.jsonl"]
+    words = ["tokenizer", "eval", "tok", "--data.path", "bodies.jsonl"]
     assert "set data.text_field" in failure(capsys, *words)
     assert minillm(*words, "--data.text_field", "body") == 0
     assert "11 tokens" in capsys.readouterr().out

@@ -404,18 +404,9 @@ def test_the_chosen_vocabulary_grows_with_the_corpus_and_its_script():
 
 
 def test_description_holds_what_a_person_asks_for(tokenizer):
-    text = "the hen ▁ 小猫\n"
-    lines = describe(tokenizer, text)
-    for expected in (tokenizer.kind, tokenizer.hash, f"{tokenizer.vocab_size:,} ids", "2 </s>", "exact"):
+    lines = describe(tokenizer)
+    for expected in (tokenizer.kind, tokenizer.hash, f"{tokenizer.vocab_size:,} ids", "2 </s>", "ends with 2"):
         assert expected in lines
-    assert f"{len(text.encode())} bytes, {len(text)} characters, {len(tokenizer.encode(text))} tokens" in lines
-    assert "round trip" not in describe(tokenizer)
-    once, twice = (describe(tokenizer, texts).splitlines()[-1:] for texts in (text, iter([text, text])))
-    assert once == twice
-    n_tokens = sum(len(tokenizer.encode(part)) for part in (text, "hen", ""))
-    assert f"{len(text.encode()) + 3} bytes, {len(text) + 3} characters, {n_tokens} tokens" in describe(
-        tokenizer, [text, "hen", ""]
-    )
 
 
 # ---- real text

@@ -15,6 +15,7 @@ from minillm.data.corpus import open_corpus
 from minillm.data.store import open_prepared
 from minillm.log import run_command
 from minillm.tokenizer import HFTokenizer, TokenizerConfig, describe, load_tokenizer, train_tokenizer
+from minillm.tokenizer.eval import Text, measure
 from minillm.tokenizer.hf import byte_characters
 
 hf = pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install 'minillm[hf]'")
@@ -25,6 +26,9 @@ WORDS = [
     *("小猫在河边看见了三条鱼。", "café", "naïve", "🙂", "👩\u200d👩\u200d👧", "don't", "a", "      ", "\n\n", "\tx"),
 ]
 SPECIAL = ("<unk>", "<s>", "</s>", "[UNK]", "[CLS]", "[SEP]", "<|endoftext|>", "<think>", "<0x41>", "<|im_end|>")
+
+
+CHINESE = "小猫在河边看见了三条鱼。"
 
 
 def story(seed: int, n_words: int = 60) -> str:
@@ -215,7 +219,12 @@ def test_a_word_that_stands_whole_in_the_vocabulary_is_no_way_to_a_special_id(ma
     """With ignore_merges, as in Llama 3, a word is looked up before it is merged."""
     definition = json.loads(made["byte_level"])
     definition["model"]["ignore_merges"] = True
-    definition["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    definition["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     assert definition["model"]["vocab"]["<|endoftext|>"] == 0
     ours = HFTokenizer(json.dumps(definition))
     assert 0 not in ours.encode("<|endoftext|>")
@@ -361,7 +370,7 @@ def test_mistakes_are_named(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="vocab_size: 512 was given, but kind hf has a size of its own"):
         TokenizerConfig(kind="hf", path=str(folder), vocab_size=512)
     train_tokenizer((), TokenizerConfig(kind="byte")).save(tmp_path / "bytes")
-    with pytest.raises(ValueError, match="hf was given, but the tokenizer in .* is of kind byte"):
+    with pytest.raises(ValueError, match=r"hf was given, but the tokenizer in .* is of kind byte"):
         train_tokenizer((), TokenizerConfig(kind="hf", path=str(tmp_path / "bytes")))
     (tmp_path / "notes.txt").write_text("no tokenizer")
     with pytest.raises(ValueError, match=r"notes\.txt: is no tokenizer\.json"):
@@ -413,12 +422,25 @@ def test_ids_beyond_65535_are_kept(made, folder, tmp_path):
     assert tokenizer.decode(ids) == "henhen hen\n" * 50
 
 
-def test_a_long_document_has_no_space_added_where_it_is_cut(made, folder, tmp_path):
-    (folder / "tokenizer.json").write_text(made["byte_fallback"])
-    text = " ".join(f"hen {number} ran" for number in range(90_000))
+@pytest.mark.parametrize("make", ["byte_level", "byte_fallback", "metaspace"])
+def test_a_long_document_has_no_space_added_where_it_is_cut(made, folder, tmp_path, make):
+    definition = json.loads(made["byte_level" if make == "byte_level" else "byte_fallback"])
+    if make == "metaspace":  # as Llama's is written since tokenizers 0.19
+        definition["normalizer"] = None
+        definition["pre_tokenizer"] = {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": "first",
+            "split": False,
+        }
+    if make == "byte_level":
+        definition["pre_tokenizer"]["add_prefix_space"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    text = " ".join(f"hen {number} ran" for number in range(20_000)) + CHINESE * 5000
     (tmp_path / "long.txt").write_text(text)
     data = DataConfig(path=str(tmp_path / "long.txt"), cache_dir=str(tmp_path / "cache"), val="0", workers=1)
     tokenizer, prepared = open_corpus(data, TokenizerConfig(path=str(folder)))
+    assert tokenizer.adds_space
     assert tokenizer.decode(prepared.train.tokens(0, prepared.train.n_tokens)) == text
 
 
@@ -447,6 +469,12 @@ def test_a_model_is_trained_loaded_and_continued_with_it(folder, tmp_path, monke
     assert generate(model, loaded, "the hen").text
 
 
+def test_a_tokenizer_that_loses_text_works_and_eval_says_so(made):
+    [found] = measure([HFTokenizer(made["word_piece"])], [Text("The  hen ☃", "a.txt", 7), Text("the hen", "a.txt", 8)])
+    assert (found.total.texts, found.total.lost, found.total.unknown) == (2, 1, 1)
+    assert found.losses == ["a.txt:7: character 0: 'The  hen ☃' comes back as 'the hen'"]
+
+
 # ---- the real one
 
 
@@ -459,7 +487,7 @@ def test_real_text_has_the_ids_that_transformers_gives(real_data, name):
     theirs = transformers.AutoTokenizer.from_pretrained(real_data / "hf_tokenizer")
     ours = load_tokenizer(real_data / "hf_tokenizer")
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
-    for text in (real_data / name).read_text(encoding="utf-8").splitlines(keepends=True)[:200]:
+    for text in (real_data / name).read_text(encoding="utf-8")[:300_000].splitlines(keepends=True)[:100]:
         ids = ours.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False)
         assert b"".join(map(ours.token_bytes, ids)) == text.encode()

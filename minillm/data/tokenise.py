@@ -256,11 +256,10 @@ def batches(pieces: Pieces) -> Iterator[Pieces]:
 
 def encode(pieces: Pieces, file: str, tokenizer: Tokenizer) -> tuple[np.ndarray, list[int]]:
     """(ids of all pieces, bos and eos included; how many of each piece)."""
-    texts = continued(pieces) if tokenizer.adds_space else pieces.texts
     try:
-        encoded = tokenizer.encode_arrays(texts)
+        encoded = encode_pieces(pieces, tokenizer)
     except ValueError:
-        for text, line in zip(texts, pieces.lines):
+        for text, line in zip(pieces.texts, pieces.lines):
             try:
                 tokenizer.encode(text)
             except ValueError as error:
@@ -278,9 +277,14 @@ def encode(pieces: Pieces, file: str, tokenizer: Tokenizer) -> tuple[np.ndarray,
     return np.concatenate(parts), lengths
 
 
-def continued(pieces: Pieces) -> list[str]:
-    """The texts for a tokenizer that adds a space before each: a piece that goes on with one leaves that to it."""
-    return [text if starts else text.removeprefix(" ") for text, starts in zip(pieces.texts, pieces.starts)]
+def encode_pieces(pieces: Pieces, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Ids of each piece; one that does not start its document gets no space before it."""
+    if not tokenizer.adds_space or all(pieces.starts):
+        return tokenizer.encode_arrays(pieces.texts)
+    return [
+        tokenizer.encode_arrays([text])[0] if starts else tokenizer.encode_inside(text)
+        for text, starts in zip(pieces.texts, pieces.starts)
+    ]
 
 
 def refuse_ids(pieces: Pieces, file: str, tokenizer: Tokenizer) -> None:

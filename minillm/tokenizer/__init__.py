@@ -1,10 +1,12 @@
-"""Text to token ids and back: byte-pair encoding by sentencepiece, single characters, or bytes.
+"""Text to token ids and back: byte-pair encoding by sentencepiece, single characters, bytes, or Hugging Face's files.
 
-The three kinds keep the same promises. Any text they encode comes back exactly. Text is never control: no text, not
-even one that spells "</s>", encodes to a special id; special ids come from whoever builds the sequence. And a
-tokenizer has a hash, which data and checkpoints carry so that they can refuse another one.
+The kinds keep the same promises. Any text that our own kinds encode comes back exactly; one of Hugging Face's gives back
+what it keeps. Text is never control: no text, not even one that spells "</s>", encodes to a special id; special ids come
+from whoever builds the sequence. And a tokenizer has a hash, which data and checkpoints carry so that they can refuse
+another one.
 
-`kinds.py` encodes, decodes, saves and loads; `train.py` makes a tokenizer from a corpus.
+`kinds.py` and `hf.py` encode and decode, `load.py` reads a saved one, `train.py` makes one from a corpus, `eval.py`
+measures one.
 """
 
 from minillm.tokenizer.hf import HFTokenizer

@@ -53,7 +53,8 @@ class HFTokenizer(TableTokenizer):
         silent = {id for name, id in named.items() if name not in added or added[name]["special"]}
 
         kept = [added[name] | {"id": vocabulary[name]} for name in sorted(spaces)]
-        self.encoder = from_json(encoder_definition(definition, control, kept))
+        encoding = encoder_definition(definition, control, kept)
+        self.encoder = from_json(encoding)
         table = token_table(whole, definition, vocabulary)
         bos, eos, pad = (vocabulary.get(self.marks[name]) for name in WELL_KNOWN)
         super().__init__(
@@ -68,11 +69,17 @@ class HFTokenizer(TableTokenizer):
         self.hash = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
         word = next((token.strip() for token in table if token.strip().isalnum()), b"").decode("utf-8", "ignore")
         self.adds_space = b"".join(self.table[id] for id in self.encode(word)).startswith(b" ")
+        self.inside = from_json(without_prefix(encoding)) if self.adds_space else self.encoder
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        texts = listed(texts)
+        return self.encode_with(self.encoder, listed(texts))
+
+    def encode_inside(self, text: str) -> np.ndarray:
+        return self.encode_with(self.inside, [text])[0]
+
+    def encode_with(self, encoder, texts: list[str]) -> list[np.ndarray]:
         try:
-            encoded = self.encoder.encode_batch_fast(texts, add_special_tokens=False)
+            encoded = encoder.encode_batch_fast(texts, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):  # which of them depends on the version of tokenizers
             for number, text in enumerate(texts):
                 refuse_surrogates(text, place(texts, number))
@@ -170,6 +177,26 @@ def merged(pair: str | list[str]) -> tuple[str, str, str]:
     """Both sides of a merge, and what it makes."""
     left, right = pair.split(" ") if isinstance(pair, str) else pair
     return left, right, left + right
+
+
+def without_prefix(definition: dict) -> dict:
+    """The encoder for text in the middle of a document: nothing in it puts a space before a text."""
+    parts = {name: starting_with_nothing(definition.get(name)) for name in ("normalizer", "pre_tokenizer")}
+    return definition | parts
+
+
+def starting_with_nothing(part: dict | None) -> dict | None:
+    if part is None or part["type"] == "Prepend":
+        return None
+    changed = dict(part)
+    if part["type"] == "Metaspace":
+        changed["prepend_scheme"] = "never"
+    if "add_prefix_space" in part:
+        changed["add_prefix_space"] = False
+    for name in ("normalizers", "pretokenizers"):
+        if name in part:
+            changed[name] = [one for one in map(starting_with_nothing, part[name]) if one is not None]
+    return changed
 
 
 # --- what each id adds to the text ------------------------------------------------------------------------------------

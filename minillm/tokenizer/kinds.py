@@ -48,6 +48,9 @@ class Tokenizer(Protocol):
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode_batch` with an array of int32 a text, which saves making a Python object of every id."""
 
+    def encode_inside(self, text: str) -> np.ndarray:
+        """Ids of a text that goes on in the middle of a document: without the space that `adds_space` tells of."""
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text; bytes that are no UTF-8, as where ids end inside a character, become U+FFFD."""
 
@@ -85,6 +88,9 @@ class TableTokenizer(ABC):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_inside(self, text: str) -> np.ndarray:
+        return self.encode_arrays([text])[0]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         ids = [int(id) for id in ids]
