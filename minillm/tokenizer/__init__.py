@@ -1,9 +1,9 @@
 """Text to token ids and back: byte-pair encoding by sentencepiece, single characters, bytes, or Hugging Face's files.
 
-The kinds keep the same promises. Any text that our own kinds encode comes back exactly; one of Hugging Face's gives back
-what it keeps. Text is never control: no text, not even one that spells "</s>", encodes to a special id; special ids come
-from whoever builds the sequence. And a tokenizer has a hash, which data and checkpoints carry so that they can refuse
-another one.
+The kinds keep the same promises. Any text that our own kinds encode comes back exactly; one of Hugging Face's gives
+back what it keeps. Text is never control: no text, not even one that spells "</s>", encodes to a special id; special
+ids come from whoever builds the sequence. And a tokenizer has a hash, which data and checkpoints carry so that they can
+refuse another one.
 
 `kinds.py` and `hf.py` encode and decode, `load.py` reads a saved one, `train.py` makes one from a corpus, `eval.py`
 measures one.
