@@ -53,6 +53,17 @@ def fsync_directory(path: str | Path) -> None:
         os.close(handle)
 
 
+def fsync_tree(path: str | Path) -> None:
+    """Make a directory and all that it holds survive a power cut."""
+    for file in sorted(Path(path).rglob("*")):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        else:
+            fsync_directory(file)
+    fsync_directory(path)
+
+
 def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Replace a file's content in one step. Raises ValueError when the disk is full or the place read-only."""
     path = Path(path)
@@ -107,13 +118,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            for file in sorted(temporary.rglob("*")):
-                if file.is_file():
-                    with open(file, "rb") as handle:
-                        os.fsync(handle.fileno())
-                else:
-                    fsync_directory(file)
-            fsync_directory(temporary)
+            fsync_tree(temporary)
             if path.exists():
                 os.replace(path, aside)
             try:

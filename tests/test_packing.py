@@ -10,7 +10,7 @@ import pytest
 
 from minillm.data import packing
 from minillm.data.packing import best_fit, cut, plan_rows
-from minillm.data.store import GrowingArray
+from minillm.data.writing import GrowingArray
 
 
 def offsets_of(lengths):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minillm.data import shards, store, text, tokenise
+from minillm.data import shards, store, text, tokenise, writing
 from minillm.data.config import DataConfig
 from minillm.data.shards import describe, open_prepared, prepare
 from minillm.data.store import verify
@@ -299,14 +299,14 @@ def test_a_file_changed_since_it_was_prepared_is_named(tmp_path):
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
     config = setup(tmp_path, "one two three")
-    count = shards.count
+    count = tokenise.count
 
     def count_then_change(reading):
         counts = count(reading)
         Path(config.path).write_text("one two thred")
         return counts
 
-    monkeypatch.setattr(shards, "count", count_then_change)
+    monkeypatch.setattr(tokenise, "count", count_then_change)
     with pytest.raises(ValueError, match=r"corpus\.txt changed while being read"):
         prepare(config, BYTES)
     assert not any(path.is_dir() for path in (tmp_path / "cache").iterdir())
@@ -612,25 +612,17 @@ def test_damaged_tokens_are_not_silently_replaced(tmp_path):
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     config = setup(tmp_path, "one two three")
-    append = store.GrowingArray.append
+    append = writing.GrowingArray.append
 
     def no_space(self, array):
         if self.path.name == "train-00000.npy":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         append(self, array)
 
-    monkeypatch.setattr(store.GrowingArray, "append", no_space)
+    monkeypatch.setattr(writing.GrowingArray, "append", no_space)
     with pytest.raises(ValueError, match="the disk is full"):
         prepare(config, BYTES)
     assert not any(path.is_dir() for path in (tmp_path / "cache").iterdir())
-
-
-def test_what_a_killed_process_left_is_cleared_away(tmp_path):
-    config = setup(tmp_path, "one two three")
-    directory = prepare(config, BYTES).directory
-    stale = directory.rename(directory.with_name(f".{directory.name}.12345.tmp"))
-    assert prepare(config, BYTES).directory == directory
-    assert not stale.exists()
 
 
 def children(pid) -> list[int]:
@@ -657,7 +649,7 @@ def test_workers_end_with_the_program(tmp_path, end):
     process = start_script(tmp_path, 20, workers=2)
     cache = tmp_path / "cache"
     try:
-        wait_for(lambda: any(cache.glob(".*.tmp/train-00000.npy")))
+        wait_for(lambda: any(cache.glob(".*.partial/tokens/train-00000.npy")))
         workers = children(process.pid)
         assert len(workers) == 2
         os.killpg(process.pid, end)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minillm.data.store import GrowingArray
+from minillm.data.writing import GrowingArray
 from minillm.files import atomic_directory, locked, read_json
 
 logger = logging.getLogger("minillm")

@@ -10,12 +10,14 @@ import shutil
 from pathlib import Path
 
 from minillm.data.config import DataConfig, val_fraction
-from minillm.data.store import FORMAT, Prepared, TokenStore, index_hash, is_prepared, open_prepared
+from minillm.data.partial import name_leftovers, partial_folder, partial_work
+from minillm.data.store import FORMAT, Prepared, TokenStore, is_prepared, json_hash, open_prepared
 from minillm.data.store import verify as verify_tokens
 from minillm.data.text import find_files
-from minillm.data.tokenise import Reading, count, tokenise
+from minillm.data.tokenise import Reading, counted, tokenise
 from minillm.data.workers import Workers
-from minillm.files import BusyError, atomic_directory, locked, sha256, write_atomically
+from minillm.data.writing import StaleError
+from minillm.files import BusyError, explained, locked, sha256, write_atomically
 from minillm.tokenizer import Tokenizer
 
 __all__ = ["Prepared", "TokenStore", "changed_files", "describe", "is_prepared", "open_prepared", "prepare"]
@@ -35,7 +37,8 @@ def prepare(
 
     To be called before a process group exists; of several processes one prepares and the others wait. A path that is
     itself a folder of prepared tokens is opened. `progress` None shows a bar where there is a terminal.
-    Raises ValueError, naming file and line, for text that cannot be used; nothing half-written is left.
+    A call that was interrupted is continued by the next. Raises ValueError, naming file and line, for text that cannot
+    be used; nothing half-written is left where it could be taken for whole.
     """
     paths = [config.path] if isinstance(config.path, str) else config.path or []
     if len(paths) == 1 and is_prepared(paths[0]):
@@ -51,7 +54,7 @@ def prepare(
     identity = identify(config, tokenizer, shard_tokens)
     stem = re.sub(r"[^\w.-]+", "-", Path(identity["files"][0]["path"]).name).strip("-.") or "text"
     directory = Path(config.cache_dir).expanduser() / f"{stem}-{identity['fingerprint'][:16]}"
-    if not directory.exists():
+    if not directory.exists() or partial_folder(directory).exists():
         lock = directory.with_name(f"{directory.name}.lock")
         try:
             with locked(lock):
@@ -129,29 +132,37 @@ def changed_files(info: dict) -> list[str]:
 def make(directory: Path, identity: dict, config: DataConfig, tokenizer: Tokenizer, progress: bool | None) -> None:
     """Write the folder, unless it appeared while we waited for its lock, which the caller holds."""
     if directory.exists():
+        shutil.rmtree(partial_folder(directory), ignore_errors=True)  # of a process killed when it was done
         return
-    for stale in directory.parent.glob(f".{directory.name}.*.tmp"):  # of a process that was killed
-        shutil.rmtree(stale, ignore_errors=True)
+    name_leftovers(directory)
+    try:
+        index = write(directory, identity, config, tokenizer, progress)
+    except StaleError as error:
+        logger.info("%s: cannot be resumed, begun again: %s", directory, error)
+        index = write(directory, identity, config, tokenizer, progress)
+    logger.info("%s: prepared %d tokens to train on", directory, index["splits"]["train"]["n_tokens"])
+    for line in skipped(index):
+        logger.info("%s: %s", directory, line)
+
+
+def write(directory: Path, identity: dict, config: DataConfig, tokenizer: Tokenizer, progress: bool | None) -> dict:
+    """Write the folder, or the rest of it; its index."""
     files = [(file["path"], file["split"]) for file in identity["files"]]
     size = sum(file["size"] for file in identity["files"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with (
-        Workers(config.workers or (1 if size <= SMALL_CORPUS else cores)) as workers,
-        atomic_directory(directory) as temporary,
-    ):
+    n_workers = config.workers or (1 if size <= SMALL_CORPUS else cores)
+    with explained(directory), partial_work(directory) as work, Workers(n_workers) as workers:
         reading = Reading(files, size, config, workers, progress)
-        counts = count(reading)
-        splits = tokenise(reading, counts, tokenizer, identity["shard_tokens"], temporary)
+        counts = counted(reading, work)
+        splits = tokenise(reading, counts, tokenizer, identity["shard_tokens"], work)
         changed = changed_files(identity)
         if changed:
             raise ValueError(f"data.path: {', '.join(changed[:5])} changed while being read; prepare again")
         assert sum(split["n_chars"] for split in splits.values()) == sum(counts.n_chars), (splits, sum(counts.n_chars))
         index = identity | {"skipped": {"blank_documents": counts.n_blank, "empty_files": counts.empty}}
         index |= {"splits": splits}
-        write_atomically(temporary / "index.json", json.dumps(index | {"hash": index_hash(index)}, indent=1) + "\n")
-    logger.info("%s: prepared %d tokens to train on", directory, splits["train"]["n_tokens"])
-    for line in skipped(index):
-        logger.info("%s: %s", directory, line)
+        write_atomically(work.tokens / "index.json", json.dumps(index | {"hash": json_hash(index)}, indent=1) + "\n")
+    return index
 
 
 # --- what there is ----------------------------------------------------------------------------------------------------

@@ -133,15 +133,15 @@ def read_index(directory: Path) -> dict:
     if index.get("format") != FORMAT:
         found = f"format {index.get('format')!r}, expected {FORMAT!r}"
         raise ValueError(f"{directory}/index.json: {found}; prepare the text again")
-    if index.get("hash") != index_hash(index):
+    if index.get("hash") != json_hash(index):
         raise ValueError(f"{directory}/index.json: changed since it was written; {advice(directory)}")
     return index
 
 
-def index_hash(index: dict) -> str:
-    """The hash that an index carries of everything else in it."""
-    content = {key: value for key, value in index.items() if key != "hash"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def json_hash(content: dict) -> str:
+    """The hash that an index, or another JSON object of ours, carries of everything else in it."""
+    rest = {key: value for key, value in content.items() if key != "hash"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def open_array(directory: Path, entry: dict) -> np.ndarray:
@@ -209,104 +209,3 @@ def beyond_vocabulary(
             place = f"{directory / shard['file']}: position {base + start + at}"
             yield f"{place}: token id {part[at]} is beyond the vocabulary of {vocab_size}; {advice(directory)}"
             return
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-class GrowingArray:
-    """A one-dimensional .npy file, written piece by piece, whose length is known when it is closed."""
-
-    def __init__(self, path: Path, dtype: np.dtype | str, name: str | None = None):
-        self.path, self.dtype, self.name = path, np.dtype(dtype), name or np.dtype(dtype).name
-        self.length = 0
-        self.file = open(path, "wb")  # noqa: SIM115 (closed in close; an error on the way removes the folder)
-        self.header_size = self.write_header()
-
-    def write_header(self) -> int:
-        self.file.seek(0)
-        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
-        np.lib.format.write_array_header_1_0(self.file, header)  # leaves room for the length to grow
-        return self.file.tell()
-
-    def append(self, array: np.ndarray) -> None:
-        self.file.write(np.ascontiguousarray(array, dtype=self.dtype))
-        self.length += len(array)
-
-    def close(self) -> dict:
-        """What the index says of the file."""
-        grown = self.write_header()
-        assert grown == self.header_size, (grown, self.header_size)
-        self.file.close()
-        size = self.path.stat().st_size
-        entry = {"file": self.path.name, "length": self.length, "dtype": self.name, "size": size}
-        return entry | {"sha256": sha256(self.path)}
-
-
-class Written(NamedTuple):
-    """Pieces of documents of one file, encoded: what a SplitWriter takes."""
-
-    tokens: np.ndarray  # of all pieces, bos and eos included
-    lengths: np.ndarray  # tokens of each piece
-    starts: np.ndarray  # bool: whether the piece starts a document
-    ends: np.ndarray  # bool: whether it ends one
-    lines: np.ndarray  # where each piece stands in the file
-    n_chars: np.ndarray
-    n_bytes: np.ndarray
-
-    def where(self, mine: np.ndarray) -> "Written":
-        """The pieces that a mask selects."""
-        if mine.all():
-            return self
-        tokens, *per_piece = self
-        return Written(tokens[np.repeat(mine, self.lengths)], *(values[mine] for values in per_piece))
-
-
-class SplitWriter:
-    """Writes the files of one split."""
-
-    def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int):
-        self.directory, self.split, self.dtype, self.shard_tokens = directory, split, dtype, shard_tokens
-        self.shards: list[dict] = []
-        self.shard: GrowingArray | None = None
-        self.offsets = GrowingArray(directory / f"{split}-offsets.npy", "<i8")
-        self.sources = GrowingArray(directory / f"{split}-sources.npy", SOURCE, "source")
-        self.offsets.append(np.zeros(1))
-        self.n_tokens = self.n_chars = self.n_bytes = 0
-
-    def append(self, written: Written, file: int) -> None:
-        ends = self.n_tokens + np.cumsum(written.lengths)
-        self.offsets.append(ends[written.ends])
-        sources = np.empty(int(written.starts.sum()), SOURCE)
-        sources["file"], sources["line"] = file, written.lines[written.starts]
-        self.sources.append(sources)
-        self.n_tokens += len(written.tokens)
-        self.n_chars += int(written.n_chars.sum())
-        self.n_bytes += int(written.n_bytes.sum())
-        tokens = written.tokens
-        while len(tokens):
-            if self.shard is None:
-                name = f"{self.split}-{len(self.shards):05d}.npy"
-                self.shard = GrowingArray(self.directory / name, self.dtype)
-            room = self.shard_tokens - self.shard.length
-            self.shard.append(tokens[:room])
-            tokens = tokens[room:]
-            if self.shard.length == self.shard_tokens:
-                self.shards.append(self.shard.close())
-                self.shard = None
-
-    def close(self) -> dict:
-        """What the index says of the split."""
-        if self.shard is not None:
-            self.shards.append(self.shard.close())
-        offsets, sources = self.offsets.close(), self.sources.close()
-        assert offsets["length"] == sources["length"] + 1, (self.split, offsets, sources)
-        return {
-            "n_documents": sources["length"],
-            "n_tokens": self.n_tokens,
-            "n_chars": self.n_chars,
-            "n_bytes": self.n_bytes,
-            "shards": self.shards,
-            "offsets": offsets,
-            "sources": sources,
-        }

@@ -9,20 +9,24 @@ is the same whatever the number of workers.
 """
 
 import hashlib
+import logging
 from array import array
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from minillm.data.config import DataConfig
-from minillm.data.store import SplitWriter, Written
+from minillm.data.partial import Partial
 from minillm.data.text import BLOCK, Block, Pieces, blocks, parse, text_format, texts_of
 from minillm.data.workers import Workers
+from minillm.data.writing import SplitWriter, StaleError, Written
 from minillm.tokenizer import Tokenizer
+
+logger = logging.getLogger("minillm")
 
 HASHED_CHARS = 2048  # a document's hash is that of its beginning: less than a piece, so that it is always at hand
 ROUNDING = 0.1  # val may lose this share of its size for the sake of whole documents
@@ -66,6 +70,18 @@ class BlockCounts(NamedTuple):
     first_end: int
     n_blank: int
     n_read: int
+
+
+def counted(reading: Reading, work: Partial) -> Counts:
+    """`count`, once: what it found is kept where it took long."""
+    kept = work.kept("counts.json")
+    if kept is not None:
+        return Counts(array("q", kept["n_chars"]), array("q", kept["first_end"]), kept["n_blank"], kept["empty"])
+    counts = count(reading)
+    if work.is_due():
+        columns = {"n_chars": counts.n_chars.tolist(), "first_end": counts.first_end.tolist()}
+        work.keep("counts.json", counts._asdict() | columns)
+    return counts
 
 
 def count(reading: Reading) -> Counts:
@@ -163,23 +179,37 @@ class Encoded(NamedTuple):
     file: str
     pieces: Written
     in_val: np.ndarray  # int8 a piece: 0, 1, or -1 for "as the piece before the block"
+    place: list  # of the block
     n_read: int
 
 
-def tokenise(reading: Reading, counts: Counts, tokenizer: Tokenizer, shard_tokens: int, directory: Path) -> dict:
-    """Write the files of train and, if anything is held out, val. Returns: what the index says of each."""
+def tokenise(reading: Reading, counts: Counts, tokenizer: Tokenizer, shard_tokens: int, work: Partial) -> dict:
+    """Write the files of train and, if anything is held out, val; or the rest of them, where some work is kept.
+
+    Returns: what the index says of each split. Raises StaleError where what is kept cannot be continued.
+    """
     config = reading.config
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     splits = ["train"] if config.val_split().kind == "none" else ["train", "val"]
-    writers = [SplitWriter(directory, split, dtype, shard_tokens) for split in splits]
+    kept = work.kept("progress.json") or {"n_blocks": 0, "side_before": 0, "splits": {}}
+    n_blocks, side_before = kept["n_blocks"], kept["side_before"]
+    writers = [SplitWriter(work.tokens, split, dtype, shard_tokens, kept["splits"].get(split)) for split in splits]
     number = {path: i for i, (path, _) in enumerate(reading.files)}
-    side_before = 0
+    jobs = plan(reading, counts)
     with reading.bar("tokenising") as bar:
-        for encoded in reading.workers.map(partial(encode_block, config, tokenizer, dtype), plan(reading, counts)):
+        if n_blocks:
+            logger.info("%s: resumed at block %d of %d", work.directory, n_blocks + 1, len(counts.n_chars))
+            bar.update(skip(jobs, n_blocks, kept["last"]))
+        for encoded in reading.workers.map(partial(encode_block, config, tokenizer, dtype), jobs):
             in_val = np.where(encoded.in_val < 0, side_before, encoded.in_val)
-            side_before = in_val[-1] if len(in_val) else side_before
+            side_before = int(in_val[-1]) if len(in_val) else side_before
             for side, writer in enumerate(writers):
                 writer.append(encoded.pieces.where(in_val == side), number[encoded.file])
+            n_blocks += 1
+            if work.is_due():
+                states = {writer.split: writer.state() for writer in writers}
+                done = {"n_blocks": n_blocks, "last": encoded.place, "side_before": side_before, "splits": states}
+                work.keep("progress.json", done)
             bar.update(encoded.n_read)
     for writer in writers:
         if not writer.n_tokens:
@@ -188,6 +218,21 @@ def tokenise(reading: Reading, counts: Counts, tokenizer: Tokenizer, shard_token
                 f"data.val: {config.val} of {n} documents leaves none for {writer.split}; give another fraction"
             )
     return {writer.split: writer.close() for writer in writers}
+
+
+def skip(jobs: Iterator[Job], n_blocks: int, last: list) -> int:
+    """Pass over what is written; the bytes it was read from. Raises StaleError where the last block is not `last`."""
+    n_read, block = 0, None
+    for job in islice(jobs, n_blocks):
+        n_read, block = n_read + job.block.n_read, job.block
+    if block is None or place(block) != last:
+        raise StaleError(f"{last[0]}: no longer read in the same blocks")
+    return n_read
+
+
+def place(block: Block) -> list:
+    """Where a block begins."""
+    return [block.file, block.line, block.offset]
 
 
 def encode_block(config: DataConfig, tokenizer: Tokenizer, dtype: np.dtype, job: Job) -> Encoded:
@@ -215,7 +260,7 @@ def encode_block(config: DataConfig, tokenizer: Tokenizer, dtype: np.dtype, job:
         np.array(list(map(len, pieces.texts)), dtype=np.int64),
         np.array([utf8_length(text) for text in pieces.texts], dtype=np.int64),
     )
-    return Encoded(file, written, np.array(sides, dtype=np.int8), job.block.n_read)
+    return Encoded(file, written, np.array(sides, dtype=np.int8), place(job.block), job.block.n_read)
 
 
 def hashed_sides(pieces: Pieces, fraction: float) -> list[int]:
