@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -33,9 +34,30 @@ def same(a, b):
 
 
 def test_documents_are_cut_at_the_row_length():
-    starts, lengths = cut(np.array([0, 9, 11, 12, 12, 18]), seq_len=4)  # 8 inputs, 1, 0, 0, 5
+    ((starts, lengths),) = cut(np.array([0, 9, 11, 12, 12, 18]), seq_len=4)  # 8 inputs, 1, 0, 0, 5
     assert starts.tolist() == [0, 4, 9, 12, 16]
     assert lengths.tolist() == [4, 4, 1, 4, 1]
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 7])
+def test_cutting_a_window_at_a_time_makes_the_same_pieces(window, monkeypatch):
+    offsets = offsets_of([1, 1, 30, 2, 1, 17, 5, 1, 9, 1])
+    whole = next(cut(offsets, seq_len=4))
+    monkeypatch.setattr(packing, "WINDOW", window)
+    windows = list(cut(offsets, seq_len=4))
+    assert {len(starts) for starts, _ in windows[:-1]} <= {window}
+    assert same(whole, [np.concatenate(arrays) for arrays in zip(*windows)])
+
+
+def test_memory_does_not_grow_with_the_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW", 2**14)
+    offsets = offsets_of([20_000] * 200)  # a million pieces in a few documents
+    tracemalloc.start()
+    plan = plan_rows(offsets, 4, tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(plan.starts) == 10**6
+    assert peak < 8 * 2**20, f"{peak / 2**20:.1f} MiB"
 
 
 @pytest.mark.parametrize("seq_len", [1, 5, 64, 4096])

@@ -54,13 +54,17 @@ class Plan(NamedTuple):
         return self.n_targets / max(1, self.n_rows * seq_len)
 
 
-def cut(offsets: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pieces (starts, lengths), in order, of the documents offsets[i] .. offsets[i + 1] - 1."""
+def cut(offsets: np.ndarray, seq_len: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The pieces (starts, lengths), in order, of the documents offsets[i] .. offsets[i + 1] - 1; WINDOW at a time."""
     inputs = np.maximum(np.diff(offsets) - 1, 0)
-    counts = -(-inputs // seq_len)
-    document = np.repeat(np.arange(len(inputs)), counts)
-    within = (np.arange(len(document)) - (np.cumsum(counts) - counts)[document]) * seq_len
-    return offsets[document] + within, np.minimum(seq_len, inputs[document] - within)
+    ends = np.cumsum(-(-inputs // seq_len))  # pieces up to the end of each document
+    n_pieces = int(ends[-1])
+    for first in range(0, n_pieces, WINDOW):
+        pieces = np.arange(first, min(first + WINDOW, n_pieces))
+        document = np.searchsorted(ends, pieces, side="right")
+        firsts = np.where(document, ends[document - 1], 0)  # the first piece of the document
+        within = (pieces - firsts) * seq_len
+        yield offsets[document] + within, np.minimum(seq_len, inputs[document] - within)
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
@@ -116,9 +120,8 @@ def pack(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np.ndar
 def packed_windows(offsets: np.ndarray, seq_len: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """`pack`, a bounded number of pieces at a time."""
     for first in range(0, len(offsets) - 1, WINDOW):
-        starts, lengths = cut(np.asarray(offsets[first : first + WINDOW + 1], dtype=np.int64), seq_len)
-        for piece in range(0, len(starts), WINDOW):
-            yield pack(starts[piece : piece + WINDOW], lengths[piece : piece + WINDOW], seq_len)
+        for starts, lengths in cut(np.asarray(offsets[first : first + WINDOW + 1], dtype=np.int64), seq_len):
+            yield pack(starts, lengths, seq_len)
 
 
 def plan_rows(offsets: np.ndarray, seq_len: int, directory: str | Path | None = None) -> Plan:
