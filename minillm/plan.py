@@ -36,10 +36,11 @@ def flops_per_token(config: ModelConfig, T: int) -> int:
     """Operations of a training step, forward and backward, per token of sequences of length T.
 
     6 N + 12 L D T: each weight of a matmul multiplies and adds once forward and twice backward; each layer computes
-    q k^T and the weighted sum of v over T keys, with D = n_heads * head_dim. Causal halves are not taken off, as is
-    the custom for MFU. Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    q k^T and the weighted sum of v over T keys, or those of its window, with D = n_heads * head_dim. Causal halves are
+    not taken off, as is the custom for MFU. Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
-    attention = 12 * config.n_layers * config.n_heads * config.head_dim * T
+    keys = sum(min(T, window or T) for window in config.windows)  # over all layers
+    attention = 12 * keys * config.n_heads * config.head_dim
     return 6 * count_parameters(config).matmul + attention
 
 

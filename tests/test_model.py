@@ -1,13 +1,18 @@
 """The whole model: the same numbers as transformers, and the properties that training and generation rely on."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from minillm.config import arguments
+from minillm.config import build as build_config
+from minillm.model import attention
 from minillm.model.config import ModelConfig, ModelSection
 from minillm.model.layers import RMSNorm, make_mlp
+from minillm.model.masks import Mask, attend_reference
 from minillm.model.rope import Rope, RopeScaling
 from minillm.model.transformer import Transformer
 
@@ -20,6 +25,8 @@ STYLES = {
     "gemma": {"n_kv_heads": 1, "head_dim": 12, "norm": "rmsnorm_plus_one", "mlp": "geglu", "embed_scale": True},
     "olmo": {"norm": "layernorm_plain", "norm_eps": 1e-5},
     "primer": {"mlp": "relu2", "qk_norm": True},
+    "mistral": {"n_kv_heads": 2, "window": 5},
+    "ministral": {"n_kv_heads": 2, "window": 5, "window_pattern": "FW"},
     "no positions": {"position": "none", "tie_embeddings": False},
 }
 
@@ -110,6 +117,29 @@ def test_llama_equals_transformers(tied):
     check_against_transformers(theirs, ours, lambda t: {from_llama_names(name): tensor for name, tensor in t.items()})
 
 
+def test_mistral_equals_transformers():
+    transformers = pytest.importorskip("transformers", reason="the reference library, extra `test`")
+    shape = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+    theirs = transformers.MistralForCausalLM(transformers.MistralConfig(**shape, sliding_window=5))
+    ours = Transformer(ModelConfig(**TINY, **STYLES["mistral"], norm_eps=1e-5, tie_embeddings=False))
+    check_against_transformers(theirs, ours, lambda t: {from_llama_names(name): tensor for name, tensor in t.items()})
+
+
+@pytest.mark.parametrize("pattern", ["FW", "WWF", "FFW"])
+def test_ministral_equals_transformers(pattern):
+    transformers = pytest.importorskip("transformers", reason="the reference library, extra `test`")
+    shape = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 8}
+    shape |= {"num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+    kinds = [{"F": "full_attention", "W": "sliding_attention"}[letter] for letter in (4 * pattern)[:4]]
+    theirs = transformers.MinistralForCausalLM(
+        transformers.MinistralConfig(**shape, sliding_window=5, layer_types=kinds)
+    )
+    fields = TINY | {"n_layers": 4, "n_kv_heads": 2, "window": 5, "window_pattern": pattern}
+    ours = Transformer(ModelConfig(**fields, norm_eps=1e-5, tie_embeddings=False))
+    check_against_transformers(theirs, ours, lambda t: {from_llama_names(name): tensor for name, tensor in t.items()})
+
+
 def test_qwen2_equals_transformers():
     transformers = pytest.importorskip("transformers", reason="the reference library, extra `test`")
     shape = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -189,7 +219,22 @@ def test_a_bidirectional_model_sees_the_future(style):
     tokens = some_tokens(1, 20)
     changed = tokens.clone()
     changed[0, 19] = (tokens[0, 19] + 1) % TINY["vocab_size"]
-    assert (model(tokens)[0, 0] - model(changed)[0, 0]).abs().max() > 1e-4
+    assert (model(tokens)[0, 16] - model(changed)[0, 16]).abs().max() > 1e-4
+
+
+def test_a_window_is_how_far_a_block_sees():
+    """Two blocks, each three tokens: what a token says reaches the four after it, and one block that sees all, all."""
+    tokens = some_tokens(1, 20)
+    changed = tokens.clone()
+    changed[0, 6] = (tokens[0, 6] + 1) % TINY["vocab_size"]
+
+    def reached(**fields) -> list[int]:
+        model = build(window=3, **fields)
+        return (model(tokens) - model(changed))[0].abs().amax(-1).gt(1e-6).nonzero().flatten().tolist()
+
+    assert reached() == list(range(6, 11))
+    assert reached(causal=False) == list(range(2, 11))
+    assert reached(window_pattern="WF") == list(range(6, 20))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -247,6 +292,26 @@ def test_stretched_rope_equals_transformers(scaling, head_dim, theta, factor):
     angles = positions[:, None, :, None] * frequencies
     torch.testing.assert_close(ours.cos, length * angles.cos(), atol=2e-3, rtol=1e-4)
     torch.testing.assert_close(ours.sin, length * angles.sin(), atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("head_dim", "theta"), [(64, 1e4), (128, 5e5)])
+@pytest.mark.parametrize(("factor", "length"), [(1.0, 8192), (2.0, 8192), (4.0, 3000), (2.0, 100)])
+def test_ntk_equals_what_transformers_has_at_that_length(head_dim, theta, factor, length):
+    """Their `dynamic` form raises theta with the length at hand; for one length that is a factor."""
+    transformers = pytest.importorskip("transformers", reason="the reference library, extra `test`")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "dynamic", "rope_theta": theta, "factor": factor}
+    theirs = transformers.LlamaConfig(
+        hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=2048, rope_parameters=rope
+    )
+    frequencies, _ = ROPE_INIT_FUNCTIONS["dynamic"](theirs, "cpu", seq_len=length)
+    positions = torch.tensor([[0, 1, 7, 2047, 8000]])
+    stretch = factor * max(length, 2048) / 2048 - (factor - 1)
+    ours = Rope(positions, head_dim, theta, RopeScaling("ntk", stretch, 2048))
+    angles = positions[:, None, :, None] * frequencies
+    torch.testing.assert_close(ours.cos, angles.cos(), atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(ours.sin, angles.sin(), atol=2e-3, rtol=1e-4)
 
 
 def test_a_model_that_is_stretched_equals_transformers():
@@ -359,9 +424,11 @@ def test_gradients_written_by_hand_are_those_of_autograd():
     torch.testing.assert_close(mlp(x), plain)
 
 
-def test_a_compiled_block_equals_eager():
+@pytest.mark.parametrize("window", [None, 60])
+def test_a_compiled_block_equals_eager(window):
     """Without and with packed documents, whose number may change without compiling again."""
-    fields = STYLES["qwen3"] | {"n_layers": 1, "max_seq_len": 256}
+    torch._dynamo.reset()  # or what another test compiled is found again
+    fields = STYLES["qwen3"] | {"n_layers": 1, "max_seq_len": 256, "window": window}
     eager, compiled = build(**fields), build(**fields)
     compiled.blocks[0].compile(backend="eager")  # what is tested is the tracing; no code is generated
     tokens = some_tokens(4, 256)
@@ -377,6 +444,44 @@ def test_a_compiled_block_equals_eager():
         torch.testing.assert_close(*results)
         frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert frames[0] < frames[1] == frames[2]
+
+
+@torch.library.custom_op("minillm_tests::by_pieces", mutates_args={})
+def by_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders: torch.Tensor, window: int) -> torch.Tensor:
+    """What varlen_attn computes, and as opaque to the compiler as that is."""
+    rule = Mask(causal=True, window=None if window < 0 else window + 1)
+    pieces = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in itertools.pairwise(borders.tolist())]
+    return torch.cat([attend_reference(*piece, rule)[0].transpose(0, 1) for piece in pieces])
+
+
+by_pieces.register_fake(lambda q, k, v, borders, window: torch.empty_like(q))
+
+
+def varlen_of_a_cpu(q, k, v, borders, borders_k, longest, longest_k, *, window_size, enable_gqa):
+    return by_pieces(q, k, v, borders, window_size[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*unfused implementation")
+@pytest.mark.parametrize("path", ["flex", "varlen"])
+def test_a_compiled_block_takes_the_masks_of_accelerators(path, monkeypatch):
+    """New documents, and another number of them, without compiling again; forward, which is what a CPU can show."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of_a_cpu)
+    torch._dynamo.reset()
+    fields = {"n_layers": 2, "n_kv_heads": 2, "max_seq_len": 256, "window": 60, "window_pattern": "WF"}
+    eager, compiled = build(**fields), build(**fields)
+    for block in compiled.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    tokens = some_tokens(2, 256)
+    frames = []
+    with torch.no_grad():
+        for border in (100, 50, 90, 30):
+            doc_ids = (torch.arange(256) % border == 0).cumsum(0).expand(2, -1)
+            monkeypatch.setattr(attention, "kernels_for", lambda *args: (path,))
+            logits = compiled(tokens, doc_ids=doc_ids)
+            monkeypatch.setattr(attention, "kernels_for", lambda *args: ())
+            torch.testing.assert_close(logits, eager(tokens, doc_ids=doc_ids), atol=1e-5, rtol=1e-5)
+            frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert frames[1] == frames[-1]  # the second may compile again, for any number of documents
 
 
 # --- what generation relies on ----------------------------------------------------------------------------------------
@@ -422,6 +527,60 @@ def test_padding_before_a_short_prompt_is_a_document_of_its_own(style):
     torch.testing.assert_close(batched[1:, 3:], model(short), atol=1e-5, rtol=1e-5)
 
 
+# --- every option -----------------------------------------------------------------------------------------------------
+
+ON_TOP_OF = {  # the field: what the others are, and the value that must make another model
+    "vocab_size": ({}, "62"),
+    "dim": ({"ffn_dim": 48, "head_dim": 8}, "40"),
+    "n_layers": ({}, "3"),
+    "n_heads": ({"head_dim": 8}, "2"),
+    "n_kv_heads": ({}, "2"),
+    "head_dim": ({}, "12"),
+    "ffn_dim": ({}, "40"),
+    "max_seq_len": ({"position": "learned"}, "24"),
+    "norm": ({}, "layernorm"),
+    "norm_eps": ({}, "0.5"),
+    "position": ({}, "none"),
+    "rope_theta": ({}, "100"),
+    "rope_scaling": ({"rope_scaling": "linear", "rope_factor": 4.0}, "ntk"),
+    "rope_factor": ({"rope_scaling": "ntk"}, "4"),
+    "rope_original_len": ({"rope_scaling": "llama3", "rope_factor": 4.0}, "24"),
+    "window": ({}, "5"),
+    "window_pattern": ({"window": 5}, "WF"),
+    "mlp": ({}, "geglu"),
+    "qk_norm": ({}, "true"),
+    "qkv_bias": ({}, "true"),
+    "o_bias": ({}, "true"),
+    "mlp_bias": ({}, "true"),
+    "embed_scale": ({}, "true"),
+    "tie_embeddings": ({}, "false"),
+    "dropout": ({}, "0.5"),
+    "causal": ({}, "false"),
+    "vocab_multiple": ({}, "64"),
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ModelConfig)])
+def test_every_field_said_on_the_command_line_makes_another_model(field):
+    """Other parameters, or, with the same parameters, other scores."""
+    base, value = ON_TOP_OF[field]
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        model: ModelSection = dataclasses.field(default_factory=ModelSection)
+
+    models = []
+    for fields in (TINY | base, TINY | base | {field: value}):
+        _, layer = arguments(Config, [word for name in fields for word in (f"--model.{name}", str(fields[name]))])
+        config = build_config(Config, [layer]).model.to_config()
+        models.append(build(**dataclasses.asdict(config)))
+    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in models]
+    if shapes[0] == shapes[1]:
+        torch.manual_seed(0)
+        before, after = (model(some_tokens(2, 20)) for model in models)
+        assert (before - after).abs().max() > 1e-3
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -456,6 +615,10 @@ def test_a_config_reports_all_its_problems_at_once():
         ModelConfig(vocab_size=8, dim=12, n_heads=4)
     with pytest.raises(ValueError, match="rope_factor: 2 has no effect with rope_scaling none"):
         ModelConfig(vocab_size=8, rope_factor=2.0)
+    with pytest.raises(ValueError, match="window_pattern: 'WLW' is to be made of W"):
+        ModelConfig(vocab_size=8, window=4, window_pattern="WLW")
+    with pytest.raises(ValueError, match="window_pattern: WF has no effect without window"):
+        ModelConfig(vocab_size=8, window_pattern="WF")
 
 
 def test_a_finished_config_has_no_gaps():

@@ -39,6 +39,13 @@ def test_flops_of_gpt2_are_the_palm_formula():
     assert flops_per_token(preset("gpt2-124m"), 1024) == 6 * N + 12 * 12 * 768 * 1024
 
 
+def test_a_window_limits_the_keys_that_count():
+    fields = {"vocab_size": 64, "dim": 32, "n_layers": 4}
+    full, windowed = (ModelConfig(**fields, **more) for more in ({}, {"window": 6, "window_pattern": "WWWF"}))
+    assert flops_per_token(full, 24) - flops_per_token(windowed, 24) == 12 * 3 * 32 * (24 - 6)
+    assert flops_per_token(full, 5) == flops_per_token(windowed, 5)
+
+
 def test_a_larger_corpus_gets_a_larger_model_and_smaller_steps():
     chosen = [recommend(10**exponent) for exponent in (4, 7, 8, 9, 12)]
     sizes = [count_parameters(preset(one["model.preset"])).total for one in chosen]

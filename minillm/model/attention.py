@@ -1,18 +1,23 @@
-"""Attention: one rule of who sees whom, a plain reference for it, and the fast paths that must agree with it.
+"""Attention: which path carries out the rule of who sees whom, and the paths that torch does not have by itself.
+
+The rule and the plain reference stand in masks.py, what only accelerators can do in kernels.py.
 
 Shapes: B batch, T queries, S keys (T, or more where a cache holds earlier ones), D dim, H heads, K key/value heads,
 d head_dim.
 """
 
-from itertools import pairwise
-from typing import Literal, Protocol
+from collections.abc import Callable, Collection
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.model.config import ModelConfig
+from minillm.model.fused import OverlappingSlices
+from minillm.model.kernels import attend_flex, attend_varlen, has_flex, has_varlen, prepare_flex, prepare_varlen
 from minillm.model.layers import RMSNorm
+from minillm.model.masks import Mask, Path, attend_reference, document_lengths, expand_groups, visible
 from minillm.model.rope import Rotation
 
 
@@ -34,84 +39,105 @@ COST_OF_A_DOCUMENT = 700_000
 # out enough by itself; below, there is too little to leave out.
 SLICED_ABOVE, SLICED_UP_TO = 256, 1024
 
-
-class Mask:
-    """Who sees whom, the same in every block: made once a forward by `make_mask`.
-
-    The rule: query i, which stands at `offset + i` among the keys, sees key j if j <= offset + i (where `causal`) and
-    if both are in the same document (where there are `doc_ids`). `path` says how `attend` carries that out.
-    """
-
-    def __init__(self, causal: bool, offset: int = 0, doc_ids: Tensor | None = None):
-        self.causal = causal
-        self.offset = offset
-        self.doc_ids = doc_ids  # (B, S), numbered
-        self.path: Literal["reference", "full", "causal", "dense", "documents"] = "reference"
-        self.dense: Tensor | None = None  # (B or 1, 1, T, S), True where the query sees the key; for the dense path
-        self.lengths: list[int] = []  # of each document, row after row; for the documents path
+WINDOW_BLOCK = 128  # queries at a time over their window; more look at keys in vain, fewer cost more calls
 
 
-def document_starts(doc_ids: Tensor) -> Tensor:
-    """True where a document begins: a document is a run of equal ids, so an id that comes back begins another.
-
-    (B, S) -> (B, S)
-    """
-    return F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+# --- choosing ---------------------------------------------------------------------------------------------------------
 
 
-def number_documents(doc_ids: Tensor) -> Tensor:
-    """The documents of each row numbered 0, 1, 2... (B, S) -> (B, S)"""
-    return document_starts(doc_ids).cumsum(dim=1) - 1
-
-
-def restart_positions(doc_ids: Tensor) -> Tensor:
-    """Positions that count from 0 in each document. (B, S) -> (B, S)"""
-    index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand_as(doc_ids)
-    return index - torch.where(document_starts(doc_ids), index, 0).cummax(dim=1).values
-
-
-def document_lengths(doc_ids: Tensor) -> list[int]:
-    """Length of each document, row after row."""
-    borders = [*document_starts(doc_ids).flatten().nonzero().flatten().tolist(), doc_ids.numel()]
-    return [stop - start for start, stop in pairwise(borders)]
-
-
-def make_mask(config: ModelConfig, tokens: Tensor, offset: int = 0, doc_ids: Tensor | None = None) -> Mask:
-    """Chooses the fastest path for the rule and prepares what it needs.
+def make_masks(
+    config: ModelConfig,
+    tokens: Tensor,
+    offset: int = 0,
+    doc_ids: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    dropout: bool = False,
+) -> dict[int | None, Mask]:
+    """The mask of each window that blocks have, None being that of blocks without one.
 
     Args: tokens (B, T), of which only shape and device matter; offset, how many keys a cache holds before them;
-    doc_ids (B, offset + T), numbered.
+    doc_ids (B, offset + T), numbered; dtype, of queries and keys; dropout, whether attention weights are dropped.
     """
+    return {
+        window: make_mask(config, tokens, offset, doc_ids, window, dtype, dropout) for window in set(config.windows)
+    }
+
+
+def make_mask(
+    config: ModelConfig,
+    tokens: Tensor,
+    offset: int = 0,
+    doc_ids: Tensor | None = None,
+    window: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    dropout: bool = False,
+) -> Mask:
+    """Chooses the fastest path for the rule and prepares what it needs; arguments as in `make_masks`."""
     T = tokens.shape[1]
-    mask = Mask(config.causal, offset, doc_ids)
-    if doc_ids is None and (not config.causal or T == 1):
-        mask.path = "full"  # a single new token sees everything before it
-    elif doc_ids is None and offset == 0:
-        mask.path = "causal"
-    elif doc_ids is not None and offset == 0 and tokens.device.type == "cpu":
+    if window is not None and window >= offset + T:
+        window = None  # nothing is as far away
+    mask = Mask(config.causal, offset, doc_ids, window)
+    kernels: Collection[str] = ()
+    if offset == 0 and (doc_ids is not None or window is not None):
+        kernels = kernels_for(config, tokens.device, dtype, dropout, window is not None)
+    mask.path = choose_path(mask, T, kernels)
+    if mask.path == "documents":
         mask.lengths = document_lengths(doc_ids)
-        saved = tokens.numel() * T - sum(length**2 for length in mask.lengths)  # pairs that need not be looked at
-        if saved == 0:
-            mask.path = "causal" if config.causal else "full"
-        elif saved * config.n_heads * config.head_dim > len(mask.lengths) * COST_OF_A_DOCUMENT:
-            mask.path = "documents"
+        if len(mask.lengths) == len(tokens):  # a row is a document
+            mask.doc_ids = None
+            mask.path = choose_path(mask, T)
         else:
-            mask.path = "dense"
-    else:
-        mask.path = "dense"
+            saved = tokens.numel() * T - sum(length * reach(mask, length) for length in mask.lengths)
+            if saved * config.n_heads * config.head_dim <= len(mask.lengths) * COST_OF_A_DOCUMENT:
+                mask.path = "dense"
     if mask.path == "dense":
-        mask.dense = visible(mask, T, tokens.device)
+        mask.dense = visible(mask, range(offset, offset + T), range(offset + T), tokens.device)
+    elif mask.path in PREPARATIONS:
+        PREPARATIONS[mask.path](mask, *tokens.shape, tokens.device)
     return mask
 
 
-def visible(mask: Mask, T: int, device: torch.device) -> Tensor:
-    """The rule written out: True where the query sees the key. (B or 1, 1, T, S)"""
-    seen = torch.ones(1, 1, T, mask.offset + T, dtype=torch.bool, device=device)
-    if mask.causal:
-        seen = seen.tril(diagonal=mask.offset)
-    if mask.doc_ids is not None:
-        seen = seen & (mask.doc_ids[:, None, mask.offset :, None] == mask.doc_ids[:, None, None, :])
-    return seen
+def choose_path(mask: Mask, T: int, kernels: Collection[str] = ()) -> Path:
+    """The fastest path for the rule, of those that always work and the given kernels, the fastest of which come first.
+
+    A block of queries at a time over their window is as fast as a kernel would be, without being compiled.
+    """
+    if mask.doc_ids is None and mask.window is None and (T == 1 or not mask.causal):
+        return "full"  # a single new token sees everything before it
+    if mask.doc_ids is None and mask.window is None:
+        return "causal" if mask.offset == 0 else "dense"
+    if mask.offset == 0 and "varlen" in kernels:
+        return "varlen"
+    if mask.doc_ids is None:
+        return "window"
+    if mask.offset == 0 and kernels:
+        return "flex" if "flex" in kernels else "documents"
+    return "dense"
+
+
+def kernels_for(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, dropout: bool, windowed: bool
+) -> Collection[Path]:
+    """The paths, beside those that always work, that the device has for such queries and keys."""
+    if device.type == "cpu":
+        return ("documents",)  # their lengths are at hand there, and one by one they are no slower
+    if dropout:
+        return ()  # neither of the two drops attention weights
+    grouped = config.n_heads != config.n_kv_heads
+    found: list[Path] = []
+    if has_varlen(device, dtype, config.head_dim, grouped, config.causal, windowed):
+        found.append("varlen")
+    elif has_flex(device, config.head_dim):
+        found.append("flex")
+    return found
+
+
+def reach(mask: Mask, length: int) -> int:
+    """How many keys are looked at for a query of a document of that length."""
+    return length if mask.window is None else min(length, mask.window + WINDOW_BLOCK)
+
+
+# --- carrying out -----------------------------------------------------------------------------------------------------
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
@@ -120,34 +146,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) ->
     Args: q (B, H, T, d); k, v (B, K, S, d), K dividing H: query heads share key/value heads in groups.
     Returns: (B, H, T, d). Source: Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023.
     """
-    if mask.path == "reference":
-        return attend_reference(q, k, v, mask, dropout)
-    if mask.path == "documents":
-        return attend_documents(q, k, v, mask, dropout)
+    if mask.path in PATHS:
+        return PATHS[mask.path](q, k, v, mask, dropout)
     if mask.path == "causal" and q.is_cpu and SLICED_ABOVE < q.shape[2] <= SLICED_UP_TO:
         return attend_in_slices(q, k, v, dropout)
+    return fused(q, k, v, mask.dense, dropout, is_causal=mask.path == "causal")
+
+
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, dropout: float = 0.0, is_causal: bool = False
+) -> Tensor:
+    """Torch's fused attention; `seen` is True where a query sees a key. Shapes as in `attend`."""
     grouped = q.shape[1] != k.shape[1]
-    if grouped and not q.is_cpu and (mask.dense is not None or q.dtype == torch.float32):
+    if grouped and not q.is_cpu and (seen is not None or q.dtype == torch.float32):
         # on a GPU only the flash kernel knows groups, and it takes neither a mask nor fp32
         k, v, grouped = *expand_groups(q, k, v), False
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask.dense, dropout_p=dropout, is_causal=mask.path == "causal", enable_gqa=grouped
+        q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
     )
-
-
-def expand_groups(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values copied for each query head of their group. (B, K, S, d) -> (B, H, S, d)"""
-    groups = q.shape[1] // k.shape[1]
-    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-
-
-def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
-    """The definition, line by line: what every other path is tested against."""
-    k, v = expand_groups(q, k, v)  # (B, H, S, d)
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, S)
-    seen = visible(mask, q.shape[2], q.device)
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
-    return F.dropout(weights, dropout) @ v  # (B, H, T, d)
 
 
 def attend_in_slices(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -157,17 +173,29 @@ def attend_in_slices(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
     slices = []
     for start in range(0, T, size):
         stop = min(start + size, T)
-        seen = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).tril(diagonal=start)
-        y = F.scaled_dot_product_attention(
-            q[:, :, start:stop],
-            k[:, :, :stop],
-            v[:, :, :stop],
-            attn_mask=seen,
-            dropout_p=dropout,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        seen = visible(Mask(causal=True), range(start, stop), range(stop), q.device)
+        y = fused(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], seen, dropout)
         slices.append(y.transpose(1, 2))  # (B, t, H, d), as it lies in memory
     return torch.cat(slices, dim=1).transpose(1, 2)  # (B, H, T, d)
+
+
+def attend_in_window(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
+    """A block of queries at a time over the keys of its window alone: work grows with T times the window."""
+    stop = mask.offset + q.shape[2]
+    queries = [range(start, min(start + WINDOW_BLOCK, stop)) for start in range(mask.offset, stop, WINDOW_BLOCK)]
+    keys = tuple(window_of(block, mask, k.shape[2]) for block in queries)
+    blocks = zip(queries, keys, q.split(WINDOW_BLOCK, dim=2), *(OverlappingSlices.apply(x, keys) for x in (k, v)))
+    done = []
+    for i, j, q_block, k_block, v_block in blocks:
+        seen = visible(mask, i, j, q.device) if len(i) > 1 else None  # a single one sees its whole window
+        done.append(fused(q_block, k_block, v_block, seen, dropout).transpose(1, 2))  # (B, t, H, d), as in memory
+    return torch.cat(done, dim=1).transpose(1, 2)  # (B, H, T, d)
+
+
+def window_of(queries: range, mask: Mask, S: int) -> range:
+    """The keys that some of the queries see."""
+    last = queries.stop if mask.causal else min(queries.stop + mask.window - 1, S)
+    return range(max(queries.start - mask.window + 1, 0), last)
 
 
 # The lengths differ in every batch: compiled, it would be compiled anew for each. (The public torch.compiler.disable
@@ -181,13 +209,29 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float
         rows = x.transpose(1, 2).reshape(B * T, -1, d)  # (B*T, H, d): the documents of all rows in one line
         return rows.split(mask.lengths)  # one node for autograd, where slices would be a full-size gradient each
 
-    alone = Mask(mask.causal)
-    alone.path = "causal" if mask.causal else "full"
+    def alone(length: int) -> Mask:
+        rule = Mask(mask.causal, window=mask.window if mask.window and mask.window < length else None)
+        rule.path = choose_path(rule, length)
+        return rule
+
     pieces = [
-        attend(*(x.transpose(0, 1)[None] for x in document), alone, dropout)[0].transpose(0, 1)  # (t, H, d)
+        attend(*(x.transpose(0, 1)[None] for x in document), alone(len(document[0])), dropout)[0].transpose(0, 1)
         for document in zip(by_document(q), by_document(k), by_document(v))
-    ]
+    ]  # (t, H, d) each
     return torch.cat(pieces).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
+
+
+PREPARATIONS: dict[str, Callable[[Mask, int, int, torch.device], None]] = {
+    "varlen": prepare_varlen,
+    "flex": prepare_flex,
+}
+PATHS: dict[str, Callable[[Tensor, Tensor, Tensor, Mask, float], Tensor]] = {
+    "reference": attend_reference,
+    "window": attend_in_window,
+    "documents": attend_documents,
+    "varlen": attend_varlen,
+    "flex": attend_flex,
+}
 
 
 class Attention(nn.Module):

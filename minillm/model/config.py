@@ -34,7 +34,7 @@ class ModelConfig:
     position: Annotated[Literal["rope", "learned", "none"], "how the model knows where a token stands"] = "rope"
     rope_theta: Annotated[float, "base of the RoPE wavelengths", "> 0"] = 10_000.0
     rope_scaling: Annotated[
-        Literal["none", "linear", "llama3", "yarn"], "how RoPE is stretched beyond the context it was trained on"
+        Literal["none", "linear", "ntk", "llama3", "yarn"], "how RoPE is stretched beyond the context it was trained on"
     ] = "none"
     rope_factor: Annotated[float, "how far it is stretched", ">= 1"] = 1.0
     rope_original_len: Annotated[int | None, "the context before (none: max_seq_len / rope_factor)", ">= 1"] = None
@@ -42,6 +42,10 @@ class ModelConfig:
         Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"],
         "kind of MLP: two with a gate, three without (gelu, also in geglu: the tanh form of GPT-2)",
     ] = "swiglu"
+    window: Annotated[int | None, "a token sees itself and the window - 1 before it (none: all)", ">= 1"] = None
+    window_pattern: Annotated[
+        str | None, "which blocks have it, over and over: WWWF is three windows, one full (none: every block)"
+    ] = None
     qk_norm: Annotated[bool, "RMSNorm on each query and key head"] = False
     qkv_bias: Annotated[bool, "biases in q_proj, k_proj, v_proj"] = False
     o_bias: Annotated[bool, "bias in o_proj"] = False
@@ -71,6 +75,12 @@ class ModelConfig:
         if self.rope_scaling == "none":
             return None
         return RopeScaling(self.rope_scaling, self.rope_factor, self.rope_original_len)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each block; None where it sees everything."""
+        pattern = self.window_pattern or "W"
+        return tuple(self.window if pattern[i % len(pattern)] == "W" else None for i in range(self.n_layers))
 
     @property
     def padded_vocab_size(self) -> int:
@@ -109,6 +119,12 @@ def impossible_combinations(config: ModelConfig) -> list[str]:
         problems.append(f"head_dim: {head_dim} is odd, and RoPE turns pairs of numbers; make it even")
     if config.rope_scaling == "none" and config.rope_factor != 1:
         problems.append(f"rope_factor: {config.rope_factor:g} has no effect with rope_scaling none; choose a scaling")
+    if config.window_pattern is not None and not set("W") <= set(config.window_pattern) <= set("WF"):
+        problems.append(
+            f"window_pattern: {config.window_pattern!r} is to be made of W (with the window) and F (full), such as WWWF"
+        )
+    elif config.window_pattern is not None and config.window is None:
+        problems.append(f"window_pattern: {config.window_pattern} has no effect without window; set it, say to 1024")
     if config.n_heads % n_kv_heads:
         problems.append(f"n_kv_heads: {n_kv_heads} does not divide n_heads {config.n_heads}; change one")
     return problems

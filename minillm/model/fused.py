@@ -1,4 +1,4 @@
-"""Two formulas whose gradients are written out by hand, because autograd would keep more than it needs.
+"""Formulas whose gradients are written out by hand, because autograd would keep or write more than it needs.
 
 Autograd keeps every intermediate result until the backward pass. Here only the inputs are kept and the rest is worked
 out again, which costs less than reading it back from memory. The values are those of the plain formulas.
@@ -47,3 +47,22 @@ class SwiGLUFunction(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
+
+
+class OverlappingSlices(torch.autograd.Function):
+    """Slices of dim 2, such as the keys of each block of queries, without a copy.
+
+    Autograd by itself would make a gradient of full size for each slice; here all are added up in one.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, ranges: tuple[range, ...]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.ranges = x.shape, ranges
+        return tuple(x[:, :, r.start : r.stop] for r in ranges)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
+        d_x = gradients[0].new_zeros(ctx.shape)
+        for r, gradient in zip(ctx.ranges, gradients):
+            d_x[:, :, r.start : r.stop] += gradient
+        return d_x, None

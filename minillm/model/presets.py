@@ -100,6 +100,42 @@ def llama32(size: str = "1b", **overrides) -> ModelConfig:
     )
 
 
+def mistral(**overrides) -> ModelConfig:
+    """Mistral 7B, first version: Jiang et al. 2023 (arXiv:2310.06825), table 1, in every block a window."""
+    return override(
+        overrides,
+        vocab_size=32_000,
+        dim=4096,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=8,
+        ffn_dim=14_336,
+        max_seq_len=32_768,
+        window=4096,
+        norm_eps=1e-5,
+        tie_embeddings=False,
+    )
+
+
+def ministral(**overrides) -> ModelConfig:
+    """Ministral 8B (2410): the model card beside the released weights; one block sees all, three a window."""
+    return override(
+        overrides,
+        vocab_size=131_072,
+        dim=4096,
+        n_layers=36,
+        n_heads=32,
+        n_kv_heads=8,
+        ffn_dim=12_288,
+        max_seq_len=131_072,
+        window=32_768,
+        window_pattern="FWWW",
+        norm_eps=1e-5,
+        rope_theta=100_000_000.0,
+        tie_embeddings=False,
+    )
+
+
 def qwen2(size: str = "0.5b", **overrides) -> ModelConfig:
     """Qwen2.5: Qwen Team 2024, from the configs beside the released weights."""
     n_layers, dim, n_heads, n_kv_heads, ffn_dim, vocab_size, tied = {
@@ -230,6 +266,8 @@ PRESETS: dict[str, Callable[..., ModelConfig]] = {
     "llama3-70b": partial(llama3, "70b"),
     "llama3.2-1b": partial(llama32, "1b"),
     "llama3.2-3b": partial(llama32, "3b"),
+    "mistral-7b": mistral,
+    "ministral-8b": ministral,
     "qwen2.5-0.5b": partial(qwen2, "0.5b"),
     "qwen2.5-1.5b": partial(qwen2, "1.5b"),
     "qwen2.5-3b": partial(qwen2, "3b"),

@@ -64,6 +64,16 @@ def linear(frequencies: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
     return frequencies / scaling.factor
 
 
+def ntk(frequencies: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
+    """A larger theta, so that the slowest turn is slower by the factor and the fastest stays. Source: /u/bloc97 2023.
+
+    Of the factor alone, never of the length at hand: cached keys stay right while a text grows.
+    """
+    pairs = len(frequencies)
+    index = torch.arange(pairs, device=frequencies.device, dtype=torch.float32)
+    return frequencies / scaling.factor ** (index / max(pairs - 1, 1))
+
+
 def llama3(frequencies: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
     """Fast turns stay, slow ones are slowed, with a ramp over the number of turns between. Source: Llama Team 2024."""
     few, many = LLAMA3_TURNS
@@ -90,4 +100,9 @@ def yarn(frequencies: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
     return (1 - slowed) * frequencies + slowed * frequencies / scaling.factor
 
 
-SCALINGS: dict[str, Callable[[Tensor, RopeScaling, float], Tensor]] = {"linear": linear, "llama3": llama3, "yarn": yarn}
+SCALINGS: dict[str, Callable[[Tensor, RopeScaling, float], Tensor]] = {
+    "linear": linear,
+    "ntk": ntk,
+    "llama3": llama3,
+    "yarn": yarn,
+}

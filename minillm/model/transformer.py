@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from minillm.model.attention import Attention, Cache, Mask, make_mask, number_documents, restart_positions
+from minillm.losses import matmul_dtype
+from minillm.model.attention import Attention, Cache, make_masks
 from minillm.model.config import ModelConfig
 from minillm.model.init import init_weights
 from minillm.model.layers import make_mlp, make_norm
+from minillm.model.masks import Mask, number_documents, restart_positions
 from minillm.model.rope import Rope, Rotation, no_rotation
 
 Head = Callable[[nn.Linear, Tensor], Tensor]
@@ -76,7 +78,8 @@ class Transformer(nn.Module):
             positions = restart_positions(doc_ids)[:, offset:]
         elif positions is None:
             positions = torch.arange(offset, offset + T, device=tokens.device)[None]  # (1, T)
-        mask = make_mask(self.config, tokens, offset, doc_ids)
+        dtype, dropout = matmul_dtype(self.embed.weight), self.training and self.config.dropout > 0
+        masks = make_masks(self.config, tokens, offset, doc_ids, dtype, dropout)
 
         x = self.embed(tokens)  # (B, T, D)
         if self.config.embed_scale:
@@ -87,8 +90,8 @@ class Transformer(nn.Module):
         rope: Rotation = no_rotation
         if self.config.position == "rope":
             rope = Rope(positions, self.config.head_dim, self.config.rope_theta, self.config.scaling)
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            x = block(x, rope, mask, cache)
+        for block, window, cache in zip(self.blocks, self.config.windows, caches or [None] * len(self.blocks)):
+            x = block(x, rope, masks[window], cache)
         return (head or self.project)(self.lm_head, self.norm(x))
 
     def project(self, lm_head: nn.Linear, hidden: Tensor) -> Tensor:
