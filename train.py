@@ -22,12 +22,13 @@ import torch
 from minillm.config import Layer, build, convert, file_layer, help_text, lookup, to_dict
 from minillm.data.batch import Batch
 from minillm.data.config import DataConfig
-from minillm.data.corpus import content_hash, corpus_bytes, open_corpus
+from minillm.data.corpus import corpus_bytes, identity, open_corpus
 from minillm.data.loader import Loader, eval_batches
-from minillm.data.store import Prepared, TokenStore
+from minillm.data.mixture import Source, held_out, say_use
+from minillm.data.prompts import prompts_of
 from minillm.distributed.context import Context, connect, peak_flops
 from minillm.distributed.parallelize import parallelize
-from minillm.eval.perplexity import evaluate, token_byte_lengths
+from minillm.eval.perplexity import evaluate, mixture, token_byte_lengths
 from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
 from minillm.load import load_weights
@@ -100,8 +101,8 @@ def main(argv: Sequence[str]) -> int:
         LOGGER.info("chosen for the corpus: %s", ", ".join(said))
     with open_run(config.run) as run, connect(config.run.device) as dist:
         start = starting_point(config.run, run)
-        tokenizer, prepared = open_corpus(config.data, config.tokenizer)
-        trainer, config = make_trainer(config, tokenizer, prepared, run, dist)
+        tokenizer, sources = open_corpus(config.data, config.tokenizer)
+        trainer, config = make_trainer(config, tokenizer, sources, run, dist)
         if start:
             trainer.resume(start)
             LOGGER.info("resumed from %s", start)
@@ -113,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
         tokenizer.save(run.path)
         run.write_json(run.config, to_dict(config))
         summary = trainer.fit()
-        report(config, run, trainer.model, tokenizer, prepared, summary)
+        report(config, run, trainer.model, tokenizer, sources, summary)
     return 0
 
 
@@ -159,7 +160,7 @@ def as_count(value: Any) -> int | None:
 
 def size_of_text(given: list[Layer]) -> int:
     """Bytes of text under data.path; 0 where that is not to be had, which is reported when it is read."""
-    names = ("data.path", "data.cache_dir")
+    names = ("data.path", "data.cache_dir", "data.sources", "data.weights", "data.temperature")
     try:
         only = Layer("", {name: lookup(given, name) for name in names if lookup(given, name) is not None})
         return corpus_bytes(build(Config, [only]).data)
@@ -171,7 +172,7 @@ def size_of_text(given: list[Layer]) -> int:
 
 
 def make_trainer(
-    config: Config, tokenizer: Tokenizer, prepared: Prepared, run: RunDirectory, dist: Context
+    config: Config, tokenizer: Tokenizer, sources: list[Source], run: RunDirectory, dist: Context
 ) -> tuple[Trainer, Config]:
     """Wire data, model, optimizer and evaluation; returns the trainer and the config with nothing left open."""
     data, train, device = config.data, config.train, dist.device
@@ -180,13 +181,13 @@ def make_trainer(
             f"model.vocab_size: {config.model.vocab_size} is not the tokenizer's {tokenizer.vocab_size}; leave it out, "
             "and pad with model.vocab_multiple"
         )
-    if train.patience is not None and prepared.val is None:
+    if train.patience is not None and not held_out(sources):
         raise ValueError("train.patience: nothing is held out to evaluate on; give data.val, or leave patience out")
     model_config = config.model.to_config(vocab_size=tokenizer.vocab_size)
     samples_per_step = train.batch_tokens // data.seq_len
     rows = train.micro_batch_size or micro_batch_size(data.seq_len, samples_per_step, device)
     loader = Loader(
-        prepared.train,
+        sources,
         seq_len=data.seq_len,
         packing=data.packing,
         micro_batch_size=rows,
@@ -199,7 +200,11 @@ def make_trainer(
     optim = dataclasses.replace(config.optim, warmup_steps=warmup_steps(config.optim, steps), warmup_ratio=None)
     log = dataclasses.replace(config.log, every=config.log.every or max(1, steps // ROWS_OF_METRICS))
     section = ModelSection(**dataclasses.asdict(model_config), preset=config.model.preset, path=config.model.path)
-    data = dataclasses.replace(data, val=prepared.info["settings"]["val"])
+    if data.mixed:
+        data = dataclasses.replace(data, sources=data.names())
+        say_use(sources, loader.rows, steps * samples_per_step)
+    else:
+        data = dataclasses.replace(data, val=sources[0].prepared.info["settings"]["val"])
     config = dataclasses.replace(config, model=section, data=data, train=train, optim=optim, log=log)
 
     with torch.device("meta"):
@@ -211,7 +216,7 @@ def make_trainer(
     LOGGER.info(
         "%s parameters (%s in matrix products), vocabulary %s, %s tokens to train on, %d steps of %s tokens, %s on %s",
         *(f"{n:,}" for n in (count_parameters(model_config).total, count_parameters(model_config).matmul)),
-        *(f"{n:,}" for n in (tokenizer.vocab_size, prepared.train.n_tokens)),
+        *(f"{n:,}" for n in (tokenizer.vocab_size, sum(source.prepared.train.n_tokens for source in sources))),
         steps,
         f"{train.batch_tokens:,}",
         train.precision,
@@ -229,14 +234,14 @@ def make_trainer(
         dist=dist,
         grad_clip=optim.grad_clip,
         seed=config.run.seed,
-        evaluate=make_evaluation(model, objective, tokenizer, prepared.val, config, device),
+        evaluate=make_evaluation(model, objective, tokenizer, held_out(sources), config, device),
         run=run,
         log_every=log.every,
         flops_per_token=flops_per_token(model_config, data.seq_len),
         peak_flops=peak_flops(device, DTYPES[train.precision]),
         identity={
             "tokenizer_hash": tokenizer.hash,
-            "data_hash": content_hash(prepared),
+            **identity(sources),
             "data.seq_len": data.seq_len,
             "data.packing": data.packing,
             "run.seed": config.run.seed,
@@ -261,23 +266,26 @@ def make_evaluation(
     model: Transformer,
     objective: NextToken,
     tokenizer: Tokenizer,
-    val: TokenStore | None,
+    sources: list[Source],
     config: Config,
     device: torch.device,
 ) -> Callable[[Callable[[], None]], dict[str, float]] | None:
-    """Loss and bits per byte over the whole validation split; None where there is no split."""
-    if val is None:
+    """Loss and bits per byte over the whole validation split of each source; None where there is none."""
+    if not sources:
         return None
     token_bytes = token_byte_lengths(tokenizer).to(device)
     rows = max(1, 2 * config.train.micro_batch_size)  # no gradients are kept, so more fits
 
     def run_evaluation(raise_if_stopped: Callable[[], None]) -> dict[str, float]:
-        def batches() -> Iterator[Batch]:
-            for batch in eval_batches(val, config.data.seq_len, config.data.packing, rows, device):
+        def batches(source: Source) -> Iterator[Batch]:
+            for batch in eval_batches(source.prepared.val, config.data.seq_len, config.data.packing, rows, device):
                 raise_if_stopped()
                 yield batch
 
-        return evaluate(model, batches(), objective, token_bytes)
+        figures = [evaluate(model, batches(source), objective, token_bytes) for source in sources]
+        if not sources[0].name:
+            return figures[0]
+        return mixture([(source.name, source.share, found) for source, found in zip(sources, figures)])
 
     return run_evaluation
 
@@ -286,20 +294,19 @@ def make_evaluation(
 
 
 def report(
-    config: Config, run: RunDirectory, model: Transformer, tokenizer: Tokenizer, prepared: Prepared, summary: dict
+    config: Config, run: RunDirectory, model: Transformer, tokenizer: Tokenizer, sources: list[Source], summary: dict
 ) -> None:
     """Samples, the loss curve, the figures, and what to do next."""
     if not summary["finished"]:
         print(f"\nstopped by {summary['stopped_by']} at step {summary['step']}; continue with --run.resume auto")
         return
     model.eval()
-    store, max_seq_len = prepared.val or prepared.train, model.config.max_seq_len
-    print(f"\nsamples: a beginning {'that was held out' if prepared.val else 'of the text'} ▸ what the model adds")
-    prompts = beginnings(
-        store, max(1, config.log.samples), length=max(1, min(16, max_seq_len // 2)), eos_id=tokenizer.eos_id
-    )
-    for prompt in prompts[: config.log.samples]:
-        print(f"\n  {tokenizer.decode(prompt)} ▸ ", end="", flush=True)
+    max_seq_len, unseen = model.config.max_seq_len, held_out(sources)
+    print(f"\nsamples: a beginning {'that was held out' if unseen else 'of the text'} ▸ what the model adds")
+    prompts = prompts_of(unseen or sources, max(1, config.log.samples), min(16, max_seq_len // 2), tokenizer.eos_id)
+    for name, prompt in prompts[: config.log.samples]:
+        label = f"{name}: " if name else ""
+        print(f"\n  {label}{tokenizer.decode(prompt)} ▸ ", end="", flush=True)
         new_tokens = min(160, max_seq_len - len(prompt))
         params = SamplingParams(max_new_tokens=new_tokens, temperature=0.7, top_p=0.95, seed=config.run.seed)
         for piece in stream(model, tokenizer, prompt, params):
@@ -313,25 +320,19 @@ def report(
         f"{run.path}: {summary['tokens']:,} tokens in {summary['hours'] * 60:.1f} minutes, "
         f"{summary['mean_tokens_per_second']:,.0f} tokens/s, {summary['peak_memory_bytes'] / 2**30:.1f} GiB{val}"
     )
-    words = " ".join(tokenizer.decode(prompts[0]).split())
+    for name in (source.name for source in unseen):
+        if summary.get(f"val_loss/{name}") is not None:
+            print(
+                f"  source {name}: val loss {summary[f'val_loss/{name}']:.4f} "
+                f"({summary[f'val_bpb/{name}']:.3f} bits per byte)"
+            )
+    words = " ".join(tokenizer.decode(prompts[0][1]).split())
     print(
         f"\nnext:  minillm generate {run.path} --prompt {shlex.quote(words)} --temperature 0.8\n"
         f"       minillm data inspect {run.path} --step 1\n"
         "       python train.py --data.path my.txt --run.dir runs/mine\n"
         "       python train.py --help"
     )
-
-
-def beginnings(store: TokenStore, count: int, length: int, eos_id: int) -> list[list[int]]:
-    """Token prompts from evenly spaced places: the starts of documents, or anywhere in a text of few."""
-    if store.n_documents >= count:
-        starts = [int(store.document_offsets[i * store.n_documents // count]) for i in range(count)]
-    else:
-        starts = [i * store.n_tokens // count for i in range(count)]
-    found = [store.tokens(start, min(start + length, store.n_tokens)).tolist() for start in starts]
-    after_eos = [prompt[prompt[0] == eos_id :] for prompt in found]  # in the middle of a text any token may come first
-    inside_one = [prompt[: prompt.index(eos_id)] if eos_id in prompt else prompt for prompt in after_eos]
-    return [prompt for prompt in inside_one if prompt]
 
 
 if __name__ == "__main__":

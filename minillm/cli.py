@@ -11,11 +11,10 @@ from typing import Annotated, NamedTuple
 from minillm import checkpoint
 from minillm.config import ConfigError, Layer, arguments, build, file_layer, help_text
 from minillm.data.config import DataConfig
-from minillm.data.corpus import content_hash, open_corpus, with_path
+from minillm.data.corpus import identity, open_corpus, open_sources, with_path
 from minillm.data.inspect import inspect_lines
 from minillm.data.loader import Loader
 from minillm.data.shards import describe as describe_prepared
-from minillm.data.shards import prepare
 from minillm.data.store import open_prepared
 from minillm.data.text import documents, find_files
 from minillm.distributed.context import find_device
@@ -125,8 +124,11 @@ def tokenizer_eval(options: TokenizerEval) -> None:
 
 def data_prepare(options: DataPrepare) -> None:
     """Tokenise text into shards."""
-    _, prepared = open_corpus(options.data, options.tokenizer)
-    print(f"{prepared.directory}\n{describe_prepared(prepared)}")
+    _, sources = open_corpus(options.data, options.tokenizer)
+    for source in sources:
+        if source.name:
+            print(f"source {source.name}, {source.share:.1%} of the samples:")
+        print(f"{source.prepared.directory}\n{describe_prepared(source.prepared)}")
 
 
 def data_info(options: DataInfo) -> None:
@@ -150,13 +152,14 @@ def data_inspect(options: DataInspect) -> None:
     if not data.seq_len:
         raise ValueError(f"{run.config}: data.seq_len is needed to know what a step read")
     tokenizer = load_tokenizer(run.path)
-    prepared = prepare(with_path(data), tokenizer)
+    sources = open_sources(with_path(data), tokenizer)
     newest = checkpoint.latest(run.checkpoints)
-    if newest and checkpoint.read(newest)[0].get("data_hash") != content_hash(prepared):
+    state = checkpoint.read(newest)[0] if newest else identity(sources)
+    if any(state.get(name) != value for name, value in identity(sources).items()):
         raise ValueError(f"{run.path}: the text under {data.path} is no longer that of the run")
     first, samples_per_step = samples_of(run, options.step, data.seq_len)
     loader = Loader(
-        prepared.train,
+        sources,
         seq_len=data.seq_len,
         packing=data.packing,
         micro_batch_size=1,

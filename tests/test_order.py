@@ -122,7 +122,7 @@ def test_keys_of_other_numbers_or_another_order_of_them_differ():
 
 def test_each_epoch_has_each_row_once_wherever_the_steps_fall():
     n, step = 23, 7
-    parts = [epochs_and_rows(first, step, n, seed=1) for first in range(0, n * step, step)]
+    parts = [epochs_and_rows(np.arange(first, first + step), n, seed=1) for first in range(0, n * step, step)]
     epochs, rows = (np.concatenate(arrays) for arrays in zip(*parts))
     assert epochs.tolist() == [k // n for k in range(n * step)]
     orders = [tuple(rows[epochs == epoch].tolist()) for epoch in range(step)]
@@ -131,7 +131,7 @@ def test_each_epoch_has_each_row_once_wherever_the_steps_fall():
 
 
 def test_a_step_may_span_several_epochs():
-    epochs, rows = epochs_and_rows(2, 10, 3, seed=0)
+    epochs, rows = epochs_and_rows(np.arange(2, 12), 3, seed=0)
     assert epochs.tolist() == [0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert sorted(rows[1:4].tolist()) == sorted(rows[4:7].tolist()) == [0, 1, 2]
 

@@ -396,7 +396,7 @@ def rows(path, n=300):
 def test_documents_are_prepared_between_their_marks(made, folder, tmp_path, workers):
     path = rows(tmp_path / "rows.jsonl")
     data = DataConfig(path=str(path), cache_dir=str(tmp_path / "cache"), workers=workers, val="0")
-    tokenizer, prepared = open_corpus(data, TokenizerConfig(kind="hf", path=str(folder)))
+    tokenizer, ((_, _, prepared),) = open_corpus(data, TokenizerConfig(kind="hf", path=str(folder)))
     store = prepared.train
     starts = [*store.document_offsets.tolist()[: store.n_documents], store.n_tokens]
     for seed in (0, 150, 299):
@@ -416,7 +416,7 @@ def test_ids_beyond_65535_are_kept(made, folder, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(definition))
     (tmp_path / "hens.txt").write_text("henhen hen\n" * 50)
     data = DataConfig(path=str(tmp_path / "hens.txt"), cache_dir=str(tmp_path / "cache"), val="0")
-    tokenizer, prepared = open_corpus(data, TokenizerConfig(path=str(folder)))
+    tokenizer, ((_, _, prepared),) = open_corpus(data, TokenizerConfig(path=str(folder)))
     ids = prepared.train.tokens(0, prepared.train.n_tokens).tolist()
     assert 70_000 in ids
     assert tokenizer.decode(ids) == "henhen hen\n" * 50
@@ -439,7 +439,7 @@ def test_a_long_document_has_no_space_added_where_it_is_cut(made, folder, tmp_pa
     text = " ".join(f"hen {number} ran" for number in range(20_000)) + CHINESE * 5000
     (tmp_path / "long.txt").write_text(text)
     data = DataConfig(path=str(tmp_path / "long.txt"), cache_dir=str(tmp_path / "cache"), val="0", workers=1)
-    tokenizer, prepared = open_corpus(data, TokenizerConfig(path=str(folder)))
+    tokenizer, ((_, _, prepared),) = open_corpus(data, TokenizerConfig(path=str(folder)))
     assert tokenizer.adds_space
     assert tokenizer.decode(prepared.train.tokens(0, prepared.train.n_tokens)) == text
 

@@ -17,6 +17,7 @@ import torch
 import minillm
 import train
 from minillm import checkpoint, cli
+from minillm.data.prompts import beginnings
 from minillm.log import read_metrics, run_command
 from minillm.recipe import read_layers
 from minillm.tokenizer import CharTokenizer
@@ -389,7 +390,7 @@ def test_a_prompt_lies_inside_one_document():
         def tokens(self, start, stop):
             return np.array([1, 5, 2, 1, 6, 7, 8, 9, 2])[start:stop]  # 1: bos, 2: eos
 
-    prompts = train.beginnings(Store(), 4, length=8, eos_id=2)
+    prompts = beginnings(Store(), 4, length=8, eos_id=2)
     assert prompts == [[1, 5], [1, 6, 7, 8, 9], [6, 7, 8, 9], [8, 9]]
 
 

@@ -1,7 +1,10 @@
 """The `data` section: where text comes from and how it becomes rows of tokens."""
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Annotated, Literal, NamedTuple
 
 
@@ -23,6 +26,13 @@ class DataConfig:
     document: Annotated[
         Literal["file", "line", "blank"], "one document of a .txt: the file, each line, or what blank lines separate"
     ] = "file"
+    sources: Annotated[
+        list[str] | None, "a name for each entry of data.path, which is then a source by itself; entries may share one"
+    ] = None
+    weights: Annotated[list[float] | None, "how much is read of each source: a number each, of any sum"] = None
+    temperature: Annotated[
+        float | None, "share of a source as its tokens to the power 1 / temperature: 1 as they come, 5 more even", "> 0"
+    ] = None
     text_field: Annotated[str, "field of a JSON row, or column of a table, that holds the text"] = "text"
     val: Annotated[
         str, "held out: a fraction (the tail of the text), 'hash F' (by each document's hash), a path, 0, or auto"
@@ -33,9 +43,10 @@ class DataConfig:
     workers: Annotated[int | None, "processes that tokenise; none: all cores, one for a small corpus", ">= 1"] = None
 
     def __post_init__(self):
-        problems = []
+        problems = self.mixture_problems()
         try:
-            self.val_split()
+            if self.val_split().kind == "path" and self.mixed and len(set(self.names())) > 1:
+                raise ValueError(f"{self.val!r} is one text for several sources; give a fraction or 'hash F'")
         except ValueError as error:
             problems.append(f"val: {error}")
         if self.workers is not None and self.workers < 1:
@@ -60,6 +71,74 @@ class DataConfig:
         if not 0 <= fraction < 1:
             raise ValueError(f"{text!r} is no fraction of the text; give 0 or more and less than 1")
         return ValSplit("hash" if hashed else "tail", fraction) if fraction else ValSplit("none")
+
+    # --- several sources ----------------------------------------------------------------------------------------------
+
+    @property
+    def mixed(self) -> bool:
+        """Whether each entry of `path` is a source, rather than all of them one corpus."""
+        return any(value is not None for value in (self.sources, self.weights, self.temperature))
+
+    def entries(self) -> list[str]:
+        """`path` as a list."""
+        return [self.path] if isinstance(self.path, str) else self.path or []
+
+    def names(self) -> list[str]:
+        """The name of the source that each entry of `path` belongs to."""
+        return self.sources if self.sources is not None else unique(map(stem, self.entries()))
+
+    def by_source(self) -> dict[str, "DataConfig"]:
+        """A section for each source, by its name, in order of appearance; without `mixed` this one, under no name."""
+        if not self.mixed:
+            return {"": self}
+        paths: dict[str, list[str]] = {}
+        for name, entry in zip(self.names(), self.entries()):
+            paths.setdefault(name, []).append(entry)
+        return {
+            name: replace(self, path=path, sources=None, weights=None, temperature=None) for name, path in paths.items()
+        }
+
+    def mixture_problems(self) -> list[str]:
+        """What is wrong with the fields that say how sources are mixed."""
+        if not self.mixed:
+            return []
+        if not self.entries():
+            return ["path: sources, weights and temperature mix its entries; give the text of each source"]
+        problems, names = [], list(dict.fromkeys(self.names()))
+        if self.sources is not None and len(self.sources) != len(self.entries()):
+            problems.append(f"sources: {len(self.sources)} names for the {len(self.entries())} entries of data.path")
+        if not all(name.strip() for name in names):
+            problems.append("sources: a name is empty")
+        if self.weights is not None and not problems and len(self.weights) != len(names):
+            count = f"{len(self.weights)} given for {len(names)} sources"
+            problems.append(f"weights: {count} ({', '.join(names)}); give one for each")
+        wrong = [weight for weight in self.weights or [] if not 0 < weight < math.inf]
+        if wrong:
+            problems.append(f"weights: {wrong[0]:g} is no weight; each must be more than 0, or leave the source out")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            problems.append(f"temperature: is {self.temperature:g}; it must be more than 0")
+        if self.weights is not None and self.temperature is not None:
+            problems.append("temperature: is given beside weights, and either decides the shares; leave one out")
+        return problems
+
+
+def stem(path: str) -> str:
+    """A name for what is under a path: its last part that says something, without suffixes and wildcards."""
+    parts = (re.sub(r"[^\w.-]+", "-", part.partition(".")[0]).strip("-_") for part in reversed(PurePath(path).parts))
+    return next(filter(None, parts), "text")
+
+
+def unique(names: Iterable[str]) -> list[str]:
+    """The names, numbered from 2 on where one comes again: train, train-2."""
+    found: list[str] = []
+    for name in names:
+        number = 1
+        numbered = name
+        while numbered in found:
+            number += 1
+            numbered = f"{name}-{number}"
+        found.append(numbered)
+    return found
 
 
 # Up to so many bytes of text, that fraction is held out: the share shrinks, so that an evaluation stays short.

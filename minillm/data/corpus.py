@@ -3,9 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from minillm.data.config import DataConfig
+from minillm.data.mixture import PLACES, Source, shares, whole_places
 from minillm.data.shards import corpus_files, prepare, size_of_text
 from minillm.data.store import Prepared, is_prepared, open_prepared
 from minillm.data.stories import write_stories
@@ -29,13 +31,15 @@ def with_path(config: DataConfig) -> DataConfig:
 
 
 def prepared_folder(config: DataConfig) -> Path | None:
-    """The folder of prepared tokens that data.path names, if it does."""
-    paths = [config.path] if isinstance(config.path, str) else config.path or []
-    return Path(paths[0]) if len(paths) == 1 and is_prepared(paths[0]) else None
+    """The folder of prepared tokens that data.path, or the path of a source, is; the first of several."""
+    paths = [source.entries() for source in config.by_source().values()]
+    return next((Path(path[0]) for path in paths if len(path) == 1 and is_prepared(path[0])), None)
 
 
 def corpus_bytes(config: DataConfig) -> int:
     """About how much text there is, from the sizes of the files. Raises ValueError for a path without text."""
+    if config.mixed:
+        return sum(map(corpus_bytes, config.by_source().values()))
     if folder := prepared_folder(config):
         return sum(split["n_bytes"] for split in open_prepared(folder).info["splits"].values())
     return size_of_text(find_files(config.path))
@@ -63,14 +67,53 @@ def open_tokenizer(data: DataConfig, config: TokenizerConfig) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def open_corpus(data: DataConfig, config: TokenizerConfig) -> tuple[Tokenizer, Prepared]:
-    """The tokenizer, and the tokens of the corpus: made on the first call, opened on later ones."""
+def open_corpus(data: DataConfig, config: TokenizerConfig) -> tuple[Tokenizer, list[Source]]:
+    """The tokenizer, and the tokens of each source: made on the first call, opened on later ones."""
     data = with_path(data)
     tokenizer = open_tokenizer(data, config)
-    prepared = prepare(data, tokenizer)
-    if not (prepared.directory / "tokenizer.json").exists():
-        tokenizer.save(prepared.directory)  # so that the folder is enough to train on
-    return tokenizer, prepared
+    return tokenizer, open_sources(data, tokenizer)
+
+
+def open_sources(data: DataConfig, tokenizer: Tokenizer) -> list[Source]:
+    """The sources with their places in the mixture; a corpus that is not mixed is a single one, without a name."""
+    found: dict[str, Prepared] = {}
+    for name, section in data.by_source().items():
+        try:
+            found[name] = prepare(section, tokenizer)
+        except ValueError as error:
+            if not name:
+                raise
+            raise ValueError(f"source {name}: {error}") from None
+    for prepared in found.values():
+        if not (prepared.directory / "tokenizer.json").exists():
+            tokenizer.save(prepared.directory)  # so that the folder is enough to train on
+    refuse_shared_files(found)
+    sizes = [prepared.train.n_tokens for prepared in found.values()]
+    places = whole_places(shares(sizes, data.weights, data.temperature))
+    return [Source(name, count, prepared) for (name, prepared), count in zip(found.items(), places)]
+
+
+def refuse_shared_files(found: dict[str, Prepared]) -> None:
+    """Raises ValueError where two sources have a file in common: one would train on what the other holds out."""
+    owners: dict[str, str] = {}
+    for name, prepared in found.items():
+        for file in prepared.info["files"]:
+            owner = owners.setdefault(os.path.abspath(file["path"]), name)
+            if owner != name:
+                raise ValueError(
+                    f"data.path: {file['path']} is in source {owner} and in source {name}; put it into one of them "
+                    "and give that a larger weight"
+                )
+
+
+def identity(sources: list[Source]) -> dict[str, str | None]:
+    """What a run that is continued must agree on: the tokens of every source, and how they are mixed."""
+    hashes = [content_hash(source.prepared) for source in sources]
+    if len(sources) == 1:
+        return {"data_hash": hashes[0], "data.mixture": None}
+    places = ", ".join(f"{source.name} {source.places}" for source in sources)
+    mixture = f"{places} of {PLACES} samples"
+    return {"data_hash": hashlib.sha256(" ".join(hashes).encode()).hexdigest(), "data.mixture": mixture}
 
 
 def content_hash(prepared: Prepared) -> str:

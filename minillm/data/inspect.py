@@ -11,10 +11,12 @@ def inspect_lines(loader: Loader, cursor: int, tokenizer: Tokenizer, width: int 
     for sample in loader.documents(cursor):
         used = sum(excerpt.stop - excerpt.start for excerpt in sample.excerpts)
         padding = f", {loader.seq_len - used} padding" if used < loader.seq_len else ""
-        yield f"sample {sample.k}: epoch {sample.epoch}, row {sample.row}, {used} tokens{padding}"
+        rows = loader.rows[sample.source]
+        source = f"source {rows.name}, " if rows.name else ""
+        yield f"sample {sample.k}: {source}epoch {sample.epoch}, row {sample.row}, {used} tokens{padding}"
         for excerpt in sample.excerpts:
-            first = int(loader.store.document_offsets[excerpt.document])
-            ids = loader.store.tokens(first + excerpt.start, first + excerpt.stop).tolist()
+            first = int(rows.store.document_offsets[excerpt.document])
+            ids = rows.store.tokens(first + excerpt.start, first + excerpt.stop).tolist()
             text = repr(tokenizer.decode(ids, skip_special=False))[1:-1]
             shown = text if len(text) <= width else f"{text[: width - 1]}…"
             yield f"  {excerpt.column:>6}  {excerpt.source}  tokens {excerpt.start}-{excerpt.stop - 1}  {shown}"

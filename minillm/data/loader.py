@@ -3,21 +3,22 @@
 B rows of a micro-batch, T tokens a row.
 
 The cursor counts the samples a run has consumed; it is all the state there is. The k-th sample is a function of
-(seed, k): order.py says which row of which epoch it is, and an epoch has each row once. Plain rows close the corpus to
-a ring and cut it every T tokens from a place that changes each epoch, so each token is a target exactly once an epoch.
-Packed rows are those of packing.py: each token but the documents' bos is a target exactly once.
+(seed, mixture, k): order.py says which row of which epoch of which source it is, and an epoch of a source has each of
+its rows once. Plain rows close the text to a ring and cut it every T tokens from a place that changes each epoch, so
+each token is a target exactly once an epoch. Packed rows are those of packing.py: each token but the documents' bos is
+a target exactly once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from minillm.data.batch import Batch
-from minillm.data.order import epoch_offset, epochs_and_rows
-from minillm.data.packing import Plan, plan_rows
-from minillm.data.rows import PADDING, Sample, Spans, Store, excerpts, gather, plain_spans
+from minillm.data.mixture import Source
+from minillm.data.order import epochs_and_rows, sources_and_numbers
+from minillm.data.rows import PADDING, Sample, SourceRows, Store, excerpts, gather, plain_spans, plan_of
 
 
 class Loader:
@@ -25,7 +26,7 @@ class Loader:
 
     def __init__(
         self,
-        store: Store,
+        text: Store | Sequence[Source],
         *,
         seq_len: int,
         packing: bool,
@@ -37,8 +38,9 @@ class Loader:
         device: str | torch.device = "cpu",
         prefetch: bool = True,
     ) -> None:
-        """Args: `micro_batch_size` is a limit: of the sizes that need equally many forwards, the smallest is taken, so
-        that little is padded. With `prefetch`, a thread reads the next step's rows while this one is computed.
+        """Args: `text` is a store, or the sources of a mixture. `micro_batch_size` is a limit: of the sizes that need
+        equally many forwards, the smallest is taken, so that little is padded. With `prefetch`, a thread reads the next
+        step's rows while this one is computed.
 
         Raises ValueError where the text is too short for one row, or for one step.
         """
@@ -47,23 +49,30 @@ class Loader:
         wrong = [f"{name}: {value} given, at least 1 is needed" for name, value in numbers.items() if value < 1]
         if wrong:
             raise ValueError("; ".join(wrong))
-        self.store, self.seq_len, self.seed = store, seq_len, seed
+        mixed = isinstance(text, Sequence)
+        self.places = [source.places for source in text] if mixed else [1]
+        stores = [(source.prepared.train, source.name) for source in text] if mixed else [(text, "")]
+        self.rows = [SourceRows(store, seq_len, packing, seed, n, name) for n, (store, name) in enumerate(stores)]
+        self.seq_len, self.packing, self.seed = seq_len, packing, seed
         self.samples_per_step, self.tokens_per_step = samples_per_step, samples_per_step * seq_len
         self.dp_rank, self.dp_size, self.device = dp_rank, dp_size, torch.device(device)
         self.forwards = -(-samples_per_step // (micro_batch_size * dp_size))
         self.micro_batch_size = -(-samples_per_step // (self.forwards * dp_size))
-        self.plan = plan_of(store, seq_len) if packing else None
-        self.samples_per_epoch = -(-store.n_tokens // seq_len) if self.plan is None else self.plan.n_rows
-        self.targets_per_epoch = store.n_tokens if self.plan is None else self.plan.n_targets
+        self.samples_per_epoch = sum(rows.per_epoch for rows in self.rows)
+        self.targets_per_epoch = sum(rows.targets_per_epoch for rows in self.rows)
         self.check_size()
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if prefetch else None
         self.ahead: tuple[int, Future[torch.Tensor]] | None = None  # (cursor, its rows), being read
 
     def check_size(self) -> None:
+        for rows in self.rows:
+            n = rows.targets_per_epoch
+            if n < self.seq_len:
+                of_source = f"source {rows.name}: " if rows.name else ""
+                has = f"{of_source}the training text has {n:,} tokens"
+                lower = f", or lower data.seq_len to at most {n}" if n else ""
+                raise ValueError(f"{has}, fewer than one row of data.seq_len {self.seq_len}: give more text{lower}")
         has = f"the training text has {self.targets_per_epoch:,} tokens"
-        if self.targets_per_epoch < self.seq_len:
-            lower = f", or lower data.seq_len to at most {self.targets_per_epoch}" if self.targets_per_epoch else ""
-            raise ValueError(f"{has}, fewer than one row of data.seq_len {self.seq_len}: give more text{lower}")
         if self.samples_per_epoch < self.samples_per_step:
             raise ValueError(
                 f"{has}, {self.samples_per_epoch} rows of data.seq_len {self.seq_len}, but one step takes "
@@ -83,30 +92,30 @@ class Loader:
 
     def read(self, cursor: int) -> torch.Tensor:
         """This rank's rows of a step, in host memory: (fields, forwards, B, T)."""
-        epochs, rows = self.samples(cursor)
-        mine = self.spans(epochs[self.dp_rank :: self.dp_size], rows[self.dp_rank :: self.dp_size])  # dealt like cards
-        mine += [PADDING] * (self.forwards * self.micro_batch_size - len(mine))
-        host = gather(self.store, mine, self.seq_len, self.plan is not None, can_pin(self.device))
+        mine = [  # dealt like cards
+            (self.rows[source].store, self.rows[source].spans(epoch, row))
+            for source, epoch, row in self.samples(cursor)[self.dp_rank :: self.dp_size]
+        ]
+        mine += [(self.rows[0].store, PADDING)] * (self.forwards * self.micro_batch_size - len(mine))
+        host = gather(mine, self.seq_len, self.packing, can_pin(self.device))
         return host.view(-1, self.forwards, self.micro_batch_size, self.seq_len)  # (fields, forwards * B, T) -> 4 axes
 
-    def samples(self, cursor: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epoch, row in the epoch) of each sample of a step, over all ranks."""
-        return epochs_and_rows(cursor, self.samples_per_step, self.samples_per_epoch, self.seed)
-
-    def spans(self, epochs: np.ndarray, rows: np.ndarray) -> list[Spans]:
-        """What each row reads."""
-        if self.plan is not None:
-            return [self.plan.pieces(row) for row in rows.tolist()]
-        n = self.store.n_tokens
-        offsets = {epoch: epoch_offset(epoch, n, self.seed) for epoch in set(epochs.tolist())}
-        return [plain_spans(n, self.seq_len, offsets[epoch], row) for epoch, row in zip(epochs.tolist(), rows.tolist())]
+    def samples(self, cursor: int) -> list[tuple[int, int, int]]:
+        """(source, epoch of it, row in the epoch) of each sample of a step, over all ranks."""
+        k = np.arange(cursor, cursor + self.samples_per_step, dtype=np.int64)
+        sources, numbers = sources_and_numbers(k, self.places, self.seed)
+        epochs, rows = np.empty_like(k), np.empty_like(k)
+        for source in np.unique(sources).tolist():
+            here = sources == source
+            of = self.rows[source]
+            epochs[here], rows[here] = epochs_and_rows(numbers[here], of.per_epoch, of.seed)
+        return list(zip(sources.tolist(), epochs.tolist(), rows.tolist()))
 
     def documents(self, cursor: int) -> list[Sample]:
         """The samples of a step over all ranks, in order, each with the documents it reads."""
-        epochs, rows = self.samples(cursor)
         return [
-            Sample(cursor + i, int(epochs[i]), int(rows[i]), excerpts(self.store, spans))
-            for i, spans in enumerate(self.spans(epochs, rows))
+            Sample(k, source, epoch, row, excerpts(self.rows[source].store, self.rows[source].spans(epoch, row)))
+            for k, (source, epoch, row) in enumerate(self.samples(cursor), cursor)
         ]
 
     def close(self) -> None:
@@ -141,13 +150,8 @@ def eval_batches(
         mine = rows[dp_rank::dp_size]
         spans = [plain_spans(n_targets, seq_len, 0, row) if plan is None else plan.pieces(row) for row in mine]
         spans += [PADDING] * (-(-len(rows) // dp_size) - len(spans))
-        host = gather(store, spans, seq_len, plan is not None, can_pin(torch.device(device)))
+        host = gather([(store, span) for span in spans], seq_len, plan is not None, can_pin(torch.device(device)))
         yield Batch(*host.to(device, non_blocking=True))
-
-
-def plan_of(store: Store, seq_len: int) -> Plan:
-    """The packing plan of a store, kept in its directory where it has one."""
-    return plan_rows(store.document_offsets, seq_len, getattr(store, "directory", None))
 
 
 def can_pin(device: torch.device) -> bool:

@@ -7,10 +7,15 @@ round can be undone (subtract the same hash), so the whole is a bijection of [0,
 a * b barely above n, the few results that fall outside [0, n) are sent through again until they fall inside, which
 again is a bijection ("cycle walking").
 
+In a mixture the stream is cut into blocks in which each source has a fixed number of places. Permuting a block says
+which source a sample is of; counting that source's places up to there says which of its samples, and from then on the
+source is read as if it were alone.
+
 Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 5 (generalised Feistel) and 3.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -62,9 +67,27 @@ def shuffle_digits(x: np.ndarray, a: np.uint64, b: np.uint64, round_keys: np.nda
     return left * b + right
 
 
-def epochs_and_rows(first: int, count: int, rows_per_epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Samples first .. first + count - 1 of a run: (epoch, row within the epoch) of each, int64."""
-    k = np.arange(first, first + count, dtype=np.int64)
+def sources_and_numbers(k: np.ndarray, places: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Samples k of a mixture: (which source each is of, which of that source's samples it is), int64.
+
+    Of each block of sum(places) samples exactly places[s] are of source s. A single source keeps its own order.
+    """
+    if len(places) == 1:
+        return np.zeros_like(k), k
+    sizes = np.array(places, dtype=np.int64)
+    ends = np.cumsum(sizes)
+    blocks, at = epochs_and_rows(k, int(ends[-1]), make_key(seed, 0, 2))
+    sources = np.searchsorted(ends, at, side="right")
+    return sources, blocks * sizes[sources] + at - (ends - sizes)[sources]
+
+
+def source_seed(seed: int, source: int) -> int:
+    """The seed of a source's own order: two sources of equally many rows are not read in step."""
+    return make_key(seed, source, 2) if source else seed
+
+
+def epochs_and_rows(k: np.ndarray, rows_per_epoch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Samples k of a source: (epoch, row within the epoch) of each, int64."""
     epochs, places = k // rows_per_epoch, k % rows_per_epoch
     rows = np.empty_like(places)
     for epoch in np.unique(epochs).tolist():

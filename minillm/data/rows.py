@@ -8,11 +8,14 @@ IGNORE_INDEX. In a packed row padding is, for positions and doc_ids, one more pi
 of it: a position always counts from where the doc_id changed.
 """
 
+from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from minillm.data.order import epoch_offset, source_seed
+from minillm.data.packing import Plan, plan_rows
 from minillm.losses import IGNORE_INDEX
 
 Spans = tuple[list[int], list[int]]  # (starts, lengths), from left to right
@@ -44,12 +47,36 @@ class Excerpt(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Sample k of a run: which row of which epoch it is, and what it reads."""
+    """Sample k of a run: which row of which epoch of which source it is, and what it reads."""
 
     k: int
+    source: int  # its number; 0 where nothing is mixed
     epoch: int
     row: int
     excerpts: list[Excerpt]
+
+
+class SourceRows:
+    """The text of one source cut into rows of T tokens, packed or plain; `number` is its place in the mixture."""
+
+    def __init__(self, store: Store, seq_len: int, packing: bool, seed: int, number: int = 0, name: str = ""):
+        self.store, self.seq_len, self.name = store, seq_len, name
+        self.seed = source_seed(seed, number)
+        self.offset = lru_cache(4)(partial(epoch_offset, n_tokens=store.n_tokens, seed=self.seed))  # asked for each row
+        self.plan = plan_of(store, seq_len) if packing else None
+        self.per_epoch = -(-store.n_tokens // seq_len) if self.plan is None else self.plan.n_rows
+        self.targets_per_epoch = store.n_tokens if self.plan is None else self.plan.n_targets
+
+    def spans(self, epoch: int, row: int) -> Spans:
+        """What a row of an epoch reads."""
+        if self.plan is not None:
+            return self.plan.pieces(row)
+        return plain_spans(self.store.n_tokens, self.seq_len, self.offset(epoch), row)
+
+
+def plan_of(store: Store, seq_len: int) -> Plan:
+    """The packing plan of a store, kept in its directory where it has one."""
+    return plan_rows(store.document_offsets, seq_len, getattr(store, "directory", None))
 
 
 def plain_spans(n_tokens: int, seq_len: int, offset: int, row: int) -> Spans:
@@ -64,15 +91,15 @@ def read_ring(store: Store, start: int, stop: int) -> np.ndarray:
     return np.concatenate([store.tokens(start, store.n_tokens), store.tokens(0, stop - store.n_tokens)])
 
 
-def gather(store: Store, rows: list[Spans], seq_len: int, packed: bool, pinned: bool = False) -> torch.Tensor:
-    """Read rows into one int64 tensor in host memory.
+def gather(rows: list[tuple[Store, Spans]], seq_len: int, packed: bool, pinned: bool = False) -> torch.Tensor:
+    """Read rows, each from its own store, into one int64 tensor in host memory.
 
     Returns: (2, R, T), tokens and targets; packed rows (4, R, T), positions and doc_ids too.
     """
     host = torch.empty((4 if packed else 2, len(rows), seq_len), dtype=torch.int64, pin_memory=pinned)
     arrays = host.numpy()
     tokens, targets = arrays[:2]
-    for row, (starts, lengths) in enumerate(rows):
+    for row, (store, (starts, lengths)) in enumerate(rows):
         column = 0
         for start, length in zip(starts, lengths):
             window = read_ring(store, start, start + length + 1)
@@ -82,7 +109,7 @@ def gather(store: Store, rows: list[Spans], seq_len: int, packed: bool, pinned: 
         tokens[row, column:] = 0
         targets[row, column:] = IGNORE_INDEX
     if packed:
-        arrays[2:] = number_pieces([lengths for _, lengths in rows], seq_len)
+        arrays[2:] = number_pieces([lengths for _, (_, lengths) in rows], seq_len)
     return host
 
 

@@ -6,7 +6,7 @@ they divide by the bytes of the text itself.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,22 @@ def evaluate(
         result["val_bpb"] = total["loss"] / math.log(2) / total["bytes"] if total["bytes"] else math.inf
     names = [name.removesuffix(".count") for name in total if name.endswith(".count")]
     return result | {f"val_{name}": total[f"{name}.sum"] / total[f"{name}.count"] for name in names}
+
+
+def mixture(parts: Sequence[tuple[str, float, Mapping[str, float]]]) -> dict[str, float]:
+    """The figures of a mixture from those that `evaluate` gives for each source.
+
+    Args: (name, share of the samples, figures) of each source, all with bits per byte.
+
+    Returns: val_loss of a token and val_bpb of a byte as they come in the mixture, perplexity, and val_loss/NAME and
+        val_bpb/NAME of each source.
+    """
+    whole = math.fsum(share for _, share, _ in parts)
+    val_loss = math.fsum(share * figures["val_loss"] for _, share, figures in parts) / whole
+    bytes_per_token = math.fsum(share * figures["bytes"] / figures["tokens"] for _, share, figures in parts) / whole
+    val_bpb = val_loss / math.log(2) / bytes_per_token if bytes_per_token else math.inf
+    by_source = {f"{key}/{name}": figures[key] for name, _, figures in parts for key in ("val_loss", "val_bpb")}
+    return {"val_loss": val_loss, "val_bpb": val_bpb, "perplexity": exp(val_loss)} | by_source
 
 
 @contextlib.contextmanager

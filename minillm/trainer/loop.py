@@ -63,8 +63,9 @@ class Trainer:
     Args:
         loader: gives this rank's micro-batches of a step. objective: see Objective.
         steps: where the run ends. lr_at: learning rate of the step of that index, from 0.
-        evaluate: returns {"val_loss": ..., "val_bpb": ...}; it is handed a function to call between batches, which
-            raises where the run is to stop. run: where metrics and checkpoints go; None: nowhere.
+        evaluate: returns {"val_loss": ..., ...}, of which each val_ goes into the metrics; it is handed a function to
+            call between batches, which raises where the run is to stop. run: where metrics and checkpoints go; None:
+            nowhere.
         flops_per_token, peak_flops: what MFU is made of. identity: what a checkpoint must agree on to be resumed
             (tokenizer, data, seed, shape). config_dict: the resolved configuration, kept in each checkpoint.
     """
@@ -256,7 +257,7 @@ class Trainer:
             except Stopped:
                 at.unevaluated = row
                 return
-            row = row | {key: figures[key] for key in ("val_loss", "val_bpb") if key in figures}
+            row = row | {key: value for key, value in figures.items() if key.startswith("val_")}
             best = math.inf if at.best_val_loss is None else at.best_val_loss
             at.evaluations_since_best += 1
             if math.isfinite(row["val_loss"]) and row["val_loss"] < best:
