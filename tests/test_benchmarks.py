@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -270,3 +271,33 @@ def test_an_optimizer_that_is_not_fused_takes_the_other_kernel(gpu):
         trainer.step()
         trainer.loader.close()
         assert {group["fused"] for group in trainer.optimizer.param_groups} == {fused}
+
+
+def test_duplicates_are_planted_at_the_similarity_that_is_counted():
+    pytest.importorskip("datasketch", reason="datasketch is not installed")
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import dedup
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    rng = np.random.default_rng(0)
+    documents = dedup.generate(300, 100, rng)
+    texts = dedup.spell(documents, rng)
+    sets = [dedup.shingles_of(text) for text in texts]
+    pairs, similarity = dedup.exact_similarities(documents)
+    expected = {
+        i * len(texts) + j: len(sets[i] & sets[j]) / len(sets[i] | sets[j])
+        for j in range(len(texts))
+        for i in range(j)
+        if sets[i] & sets[j]
+    }
+    assert dict(zip(pairs.tolist(), similarity.tolist())) == expected
+    planted = similarity[(pairs % len(texts) >= 200) & (similarity > 0.4)]
+    assert len(planted) == 100
+    assert np.allclose(np.histogram(planted, 5, (0.5, 1.0))[0], 20, atol=10)
+    # both find the pairs above the threshold, and nothing far below it
+    ours = dedup.pairs_of_groups(dedup.ours(texts, 0.8, 14, 9))
+    theirs = dedup.pairs_of_candidates(dedup.theirs(texts, 14, 9)[1])
+    for found in (ours, theirs):
+        assert np.isin(pairs[similarity > 0.9], found).all()
+        assert not np.isin(pairs[similarity < 0.5], found).any()
