@@ -26,7 +26,7 @@ from minillm.files import explained
 
 ROWS = 2**14  # signatures read together, 8 MB
 BLOCK = 2**16  # keys read together
-SORTED = 2**22  # keys sorted together, at most but for chance: 130 MB
+SORTED = 2**21  # keys sorted together, give or take chance: up to 150 MB with all that sorting takes
 PAIRS = 2**14  # pairs compared together, 16 MB
 REACH = 256  # in a larger bucket a document is compared with so many after it, and not with all
 
@@ -124,7 +124,9 @@ def near_duplicates(
         for band in range(bands):
             for order, sorted_keys in equal_keys(keys[band]):
                 join_buckets(group, order, sorted_keys, signatures, threshold)
-    return find(group, np.arange(len(group)))
+    for start in range(0, len(group), BLOCK):
+        find(group, np.arange(start, min(start + BLOCK, len(group))))
+    return group
 
 
 def kept(first: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarray:
