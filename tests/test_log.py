@@ -67,13 +67,13 @@ def test_the_clock_counts_only_its_blocks():
         pass
     assert clock.seconds == clock.last < 0.5
     assert clock.speed(200)["tokens_per_second"] > 0
-    assert clock.speed(200) == {"tokens_per_second": 0.0, "mfu": None}
+    assert clock.speed(200) == {"tokens_per_second": 0.0, "mfu": None, "loader_wait": 0.0}
 
 
 def test_mfu_is_the_share_of_the_peak():
     clock = Clock(tokens=0, flops_per_token=6.0, peak_flops=120.0)
     clock.seconds = 2.0
-    assert clock.speed(20) == {"tokens_per_second": 10.0, "mfu": 0.5}
+    assert clock.speed(20) == {"tokens_per_second": 10.0, "mfu": 0.5, "loader_wait": 0.0}
 
 
 def test_a_mistake_is_one_line_and_a_non_zero_exit(capsys):

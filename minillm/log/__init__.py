@@ -1,0 +1,24 @@
+"""What a run says: messages, rows of metrics, curves; and who is told of them."""
+
+from minillm.log.config import LogConfig
+from minillm.log.curves import curve, plot_curves
+from minillm.log.memory import OutOfMemory, memory_explained
+from minillm.log.messages import LOGGER, run_command, show_messages
+from minillm.log.rows import Clock, RunLog, Tracker, read_metrics
+from minillm.log.trackers import make_trackers
+
+__all__ = [
+    "LOGGER",
+    "Clock",
+    "LogConfig",
+    "OutOfMemory",
+    "RunLog",
+    "Tracker",
+    "curve",
+    "make_trackers",
+    "memory_explained",
+    "plot_curves",
+    "read_metrics",
+    "run_command",
+    "show_messages",
+]

@@ -1,0 +1,72 @@
+"""What a command says on standard error: messages above the progress bar, one line for a mistake."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from tqdm import tqdm
+
+from minillm.log.memory import is_out_of_memory, out_of_memory
+
+LOGGER = logging.getLogger("minillm")
+
+
+class Terminal:
+    """Standard error for as long as somebody reads it: a `2>&1 | head` that has seen enough ends no training."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        """Write what can still be written."""
+        with suppress(BrokenPipeError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Flush what can still be flushed."""
+        with suppress(BrokenPipeError):
+            sys.stderr.flush()
+
+
+TERMINAL = Terminal()
+
+
+class TqdmHandler(logging.Handler):
+    """Prints messages above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message to standard error."""
+        prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        tqdm.write(prefix + record.getMessage(), file=TERMINAL)
+
+
+def show_messages(level: int = logging.INFO) -> None:
+    """Let the package's messages reach the terminal; a program that imports minillm decides for itself."""
+    LOGGER.handlers[:] = [TqdmHandler()]
+    LOGGER.setLevel(level)
+    LOGGER.propagate = False
+
+
+def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    """Run a command and return its exit code: 0, or 1 after one line on standard error (`--debug`: the traceback)."""
+    debug = "--debug" in argv
+    show_messages(logging.DEBUG if debug else logging.INFO)
+    try:
+        return command([word for word in argv if word != "--debug"]) or 0
+    except BrokenPipeError:
+        # the reader of our output left (`| head`): not an error; and nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        memory = is_out_of_memory(error)
+        if debug or (isinstance(error, RuntimeError) and not memory):
+            raise
+        print(f"error: {out_of_memory(error) if memory else error or type(error).__name__}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
