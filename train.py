@@ -32,7 +32,7 @@ from minillm.eval.perplexity import evaluate, mixture, token_byte_lengths
 from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
 from minillm.load import load_weights
-from minillm.log import LOGGER, LogConfig, curve, read_metrics, run_command
+from minillm.log import LOGGER, LogConfig, Tracker, curve, make_trackers, read_metrics, run_command
 from minillm.model.config import ModelSection
 from minillm.model.init import init_weights
 from minillm.model.transformer import Transformer
@@ -96,13 +96,14 @@ def main(argv: Sequence[str]) -> int:
     given = [*source_layer(given, resumed=home), *given]
     below = earlier(home, given) if home else fitting(given)
     config = build(Config, [*below, *given])  # every mistake is reported before anything is touched
+    trackers = make_trackers(config.log, config.run.dir)
     if not home:
         said = (f"{name} {value}" for name, value in below[-1].values.items() if lookup(given, name) is None)
         LOGGER.info("chosen for the corpus: %s", ", ".join(said))
     with open_run(config.run) as run, connect(config.run.device) as dist:
         start = starting_point(config.run, run)
         tokenizer, sources = open_corpus(config.data, config.tokenizer)
-        trainer, config = make_trainer(config, tokenizer, sources, run, dist)
+        trainer, config = make_trainer(config, tokenizer, sources, run, dist, trackers)
         if start:
             trainer.resume(start)
             LOGGER.info("resumed from %s", start)
@@ -172,7 +173,12 @@ def size_of_text(given: list[Layer]) -> int:
 
 
 def make_trainer(
-    config: Config, tokenizer: Tokenizer, sources: list[Source], run: RunDirectory, dist: Context
+    config: Config,
+    tokenizer: Tokenizer,
+    sources: list[Source],
+    run: RunDirectory,
+    dist: Context,
+    trackers: Sequence[Tracker] = (),
 ) -> tuple[Trainer, Config]:
     """Wire data, model, optimizer and evaluation; returns the trainer and the config with nothing left open."""
     data, train, device = config.data, config.train, dist.device
@@ -248,6 +254,9 @@ def make_trainer(
             **{f"model.{name}": value for name, value in dataclasses.asdict(model_config).items()},
         },
         config_dict=to_dict(config),
+        trackers=trackers,
+        norms_every=log.norms_every,
+        documents=partial(texts_of_step, loader),
     )
     return trainer, config
 
@@ -260,6 +269,12 @@ def start_from(path: str, trainer: Trainer) -> None:
         with trainer.autocast():
             said = f": val loss {trainer.evaluate(lambda: None)['val_loss']:.4f} before the first step"
     LOGGER.info("weights from %s%s", folder, said)
+
+
+def texts_of_step(loader: Loader, cursor: int) -> list[str]:
+    """What each piece of a step was read from: file:line and tokens."""
+    pieces = (excerpt for sample in loader.documents(cursor) for excerpt in sample.excerpts)
+    return [f"{piece.source} tokens {piece.start}-{piece.stop - 1}" for piece in pieces]
 
 
 def make_evaluation(

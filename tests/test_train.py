@@ -51,6 +51,7 @@ eval_every = 6
 [log]
 every = 1
 samples = 1
+curves = false
 """
 
 

@@ -2,7 +2,7 @@
 
 from minillm.optim.build import OPTIMIZERS, build_optimizer
 from minillm.optim.config import OptimConfig
-from minillm.optim.gradients import clip_grad_norm_
+from minillm.optim.gradients import clip_grad_norm_, gradient_norms
 from minillm.optim.groups import param_groups
 from minillm.optim.lamb import Lamb
 from minillm.optim.muon import Muon
@@ -16,6 +16,7 @@ __all__ = [
     "OptimConfig",
     "build_optimizer",
     "clip_grad_norm_",
+    "gradient_norms",
     "lr_at",
     "optimizer_tensors",
     "param_groups",

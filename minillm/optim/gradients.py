@@ -5,22 +5,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+def gradient_norms(parameters: Iterable[Tensor]) -> Tensor:
+    """(P,): the norm of each parameter's gradient, 0 where it has none; the result stays on the device."""
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = iter(torch._foreach_norm(gradients) if gradients else ())
+    found = torch.stack([parameters[0].new_zeros(()) if p.grad is None else next(norms) for p in parameters])
+    # of sharded gradients each rank has the norms of its part
+    return found.full_tensor() if hasattr(found, "full_tensor") else found
+
+
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None, each_norm: Tensor | None = None) -> Tensor:
     """Scale the gradients so that their norm, taken over all of them, is at most max_norm; returns the norm before.
+
+    Args: each_norm: the `gradient_norms`, where they are known already.
 
     The result stays on the device: nothing waits for it. Where it is not finite the gradients stay as they are, so that
     the caller can see which of them is to blame.
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters])
-    if hasattr(norm, "full_tensor"):  # sharded gradients: each rank has the norm of its part
-        norm = norm.full_tensor()
+    parameters = list(parameters)
+    norm = torch.linalg.vector_norm(gradient_norms(parameters) if each_norm is None else each_norm)
     # clip_grads_with_norm_ multiplies by max_norm / (norm + 1e-6), or 1; where looking is free, spare the factor 1
     if max_norm is not None and not (norm.device.type == "cpu" and norm + 1e-6 <= max_norm):
-        clip_grads_with_norm_(parameters, max_norm, norm.where(norm.isfinite(), 0))
+        with_gradient = [p for p in parameters if p.grad is not None]
+        clip_grads_with_norm_(with_gradient, max_norm, norm.where(norm.isfinite(), 0))
     return norm
 
 

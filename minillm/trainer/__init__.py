@@ -1,7 +1,8 @@
 """The only training loop."""
 
 from minillm.trainer.config import DTYPES, Loader, TrainConfig, completed, total_steps
-from minillm.trainer.loop import NonFiniteError, Progress, Stopped, Trainer, dropout_seed
+from minillm.trainer.loop import Trainer
+from minillm.trainer.progress import NonFiniteError, Progress, Stopped, dropout_seed
 
 __all__ = [
     "DTYPES",

@@ -32,6 +32,12 @@ class TrainConfig:
     save_every: Annotated[int | None, "steps between checkpoints; none: five a run", ">= 1"] = None
     keep_last: Annotated[int, "checkpoints kept", ">= 1"] = 2
     patience: Annotated[int | None, "stop after so many evaluations in a row without a better val_loss", ">= 1"] = None
+    spike: Annotated[
+        Literal["off", "report", "skip"], "a loss or gradient norm far above the usual: nothing, a report, no update"
+    ] = "report"
+    spike_threshold: Annotated[
+        float, "standard deviations above the usual, by statistics that a spike does not move", "> 0"
+    ] = 6.0
     max_bad_steps: Annotated[int, "non-finite steps in a row after which the run stops", ">= 1"] = 10
 
 

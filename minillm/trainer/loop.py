@@ -3,10 +3,9 @@
 It knows no model, data, loss or evaluation, only callables; `Trainer.step` is the heart and everything else serves it.
 """
 
-import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +15,18 @@ from torch import nn
 from minillm import checkpoint
 from minillm.distributed.context import Context, peak_memory
 from minillm.distributed.parallelize import parameter_names
-from minillm.log import LOGGER, Clock, RunLog
+from minillm.log import LOGGER, Clock, RunLog, Tracker, memory_explained
 from minillm.objectives import Objective
-from minillm.optim import clip_grad_norm_, optimizer_tensors
+from minillm.optim import clip_grad_norm_, gradient_norms, optimizer_tensors
 from minillm.run import RunDirectory
 from minillm.signals import stop_requests
 from minillm.trainer.config import DTYPES, Loader, TrainConfig, completed
+from minillm.trainer.norms import norms_noted
+from minillm.trainer.progress import NonFiniteError, Progress, Stopped, dropout_seed
+from minillm.trainer.spikes import SpikeWatch
+from minillm.trainer.waiting import LoaderWatch
 
-
-class Stopped(Exception):
-    """A signal came during an evaluation, whose part is thrown away."""
-
-
-class NonFiniteError(ValueError):
-    """The loss or the gradient was not a finite number for too many steps in a row."""
-
-
-@dataclass
-class Progress:
-    """What a run has done so far: with the tensors, all that a checkpoint has to hold."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    skipped_steps: int = 0
-    bad_steps_in_a_row: int = 0
-    best_val_loss: float | None = None
-    best_step: int | None = None
-    evaluations_since_best: int = 0
-    unevaluated: dict[str, Any] | None = None  # the row of a step whose evaluation a signal cut short
-
-
-def dropout_seed(seed: int, step: int, micro_batch: int, dp_rank: int) -> int:
-    """A 63-bit seed that differs wherever one of the four does: each is folded in by a multiply-xor round."""
-    mixed = 0
-    for value in (seed, step, micro_batch, dp_rank):
-        mixed = (mixed ^ value + 1) * 0x9E3779B97F4A7C15 % 2**64  # 2**64 / golden ratio (Knuth, TAOCP 3, 6.4)
-        mixed ^= mixed >> 29
-    return mixed >> 1
+SUMMED_UP = ("step", "tokens", "best_val_loss", "best_step", "skipped_steps", "spikes")
 
 
 class Trainer:
@@ -68,6 +40,8 @@ class Trainer:
             nowhere.
         flops_per_token, peak_flops: what MFU is made of. identity: what a checkpoint must agree on to be resumed
             (tokenizer, data, seed, shape). config_dict: the resolved configuration, kept in each checkpoint.
+        trackers: who is told the rows too. norms_every: steps between rows of norms.jsonl. documents: names the text of
+            the step whose first sample is given, for reports. memory_advice: what to say where memory is wanting.
     """
 
     def __init__(
@@ -90,14 +64,22 @@ class Trainer:
         peak_flops: float = 0.0,
         identity: dict[str, Any] | None = None,
         config_dict: dict[str, Any] | None = None,
+        trackers: Sequence[Tracker] = (),
+        norms_every: int | None = None,
+        documents: Callable[[int], list[str]] | None = None,
+        memory_advice: Callable[[], str] | None = None,
     ):
         self.model, self.optimizer, self.objective, self.loader = model, optimizer, objective, loader
         self.config, self.steps, self.lr_at, self.dist = completed(config, steps, dist.device), steps, lr_at, dist
         self.grad_clip, self.seed, self.evaluate, self.run, self.log_every = grad_clip, seed, evaluate, run, log_every
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.identity, self.config_dict = identity or {}, config_dict or {}
+        self.trackers, self.norms_every = trackers, norms_every
+        self.memory_advice = memory_advice
         self.parameters = parameter_names(model)
-        self.progress = Progress()
+        self.progress, self.clock = Progress(), Clock()
+        self.spike_watch = SpikeWatch(config.spike, config.spike_threshold, list(self.parameters), documents)
+        self.notes: list[tuple[str, dict[str, Any]]] = []  # what the last step adds to other files than metrics.jsonl
         self.stop_signal: str | None = None
         self.unsaved = False  # whether the weights have changed since they were last saved or loaded
         self.dtype = DTYPES[self.config.precision]
@@ -109,10 +91,12 @@ class Trainer:
         """One optimizer step over the next samples; returns loss, lr and grad_norm.
 
         The gradient is that of the mean over all units of the global batch, however they fall into micro-batches and
-        ranks. A step without units, or with a non-finite loss or gradient, leaves weights and moments untouched.
+        ranks. A step without units, or with a non-finite loss or gradient, or a spike that is to be skipped, leaves
+        weights and moments untouched.
         """
-        at, dist = self.progress, self.dist
-        micro_batches = self.loader.batches(at.samples)
+        at, dist, self.notes = self.progress, self.dist, []
+        with self.clock.waiting():
+            micro_batches = self.loader.batches(at.samples)
         n = dist.sum(sum(self.objective.count(batch) for batch in micro_batches))
         figures = {"loss": None, "lr": self.lr_at(at.step), "grad_norm": None}
         if not n:
@@ -130,22 +114,31 @@ class Trainer:
             for name, pair in metrics.items():
                 totals.setdefault(name, []).append(torch.as_tensor(pair, dtype=torch.float64, device="cpu"))
         self.scaler.unscale_(self.optimizer)
-        grad_norm = clip_grad_norm_(self.parameters.values(), self.grad_clip)
+        each_norm = gradient_norms(self.parameters.values())
+        grad_norm = clip_grad_norm_(self.parameters.values(), self.grad_clip, each_norm)
         figures["loss"] = float(dist.sum(torch.stack(losses).cpu().double().sum())) / n
         figures["grad_norm"] = float(grad_norm)
         for name, pairs in totals.items():
             total, count = dist.sum(torch.stack(pairs).sum(0)).tolist()
             figures[name] = total / count if count else None
 
-        applied = math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
+        finite = math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
+        if not finite:
+            self.report_skip(figures)
+        spike = self.spike_watch.look(at.step + 1, at.samples, figures, each_norm) if finite else None
+        if spike:
+            at.spikes += 1
+            self.notes.append(("spikes", spike))
+        applied = finite and (spike is None or spike["applied"])
         if applied:
             for group in self.optimizer.param_groups:
                 group["lr"] = figures["lr"] * group.get("lr_scale", 1.0)
-            self.scaler.step(self.optimizer)
+            asked = self.norms_every is not None and (at.step + 1) % self.norms_every == 0
+            with norms_noted(self.notes, at.step + 1, self.parameters, each_norm) if asked else nullcontext():
+                self.scaler.step(self.optimizer)
             self.unsaved = True
+        if finite:
             at.bad_steps_in_a_row = 0
-        else:
-            self.report_skip(figures)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.advance(skipped=not applied)
@@ -165,10 +158,10 @@ class Trainer:
         at.tokens += self.loader.tokens_per_step
         at.skipped_steps += skipped
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
         """Matrix products in the run's precision; everything is fp32 where that is fp32."""
         if self.dtype == torch.float32:
-            return contextlib.nullcontext()
+            return nullcontext()
         return torch.autocast(self.dist.device.type, self.dtype)
 
     def report_skip(self, figures: dict[str, float]) -> None:
@@ -193,11 +186,17 @@ class Trainer:
         that is saved has a row of metrics, so that between two rows all steps took equally many samples.
         """
         at, config = self.progress, self.config
-        clock = Clock(at.tokens, self.flops_per_token, self.peak_flops)
+        clock = self.clock = Clock(at.tokens, self.flops_per_token, self.peak_flops)
+        loader_watch = LoaderWatch(self.loader)
         metrics = self.run.metrics if self.run and self.dist.is_main else None
         saved_at = at.step
         logged = at.unevaluated["step"] - 1 if at.unevaluated else at.step  # the row that is made up for comes again
-        with stop_requests(self.request_stop), RunLog(metrics, logged, self.steps, show=self.dist.is_main) as log:
+        trackers, show = (self.trackers, True) if self.dist.is_main else ((), False)
+        with (
+            stop_requests(self.request_stop),
+            memory_explained(self.memory_advice),
+            RunLog(metrics, logged, self.steps, show, trackers) as log,
+        ):
             if at.unevaluated:
                 self.report(log, at.unevaluated, evaluate=True)
                 log.advance()
@@ -214,6 +213,9 @@ class Trainer:
                     raise
                 at.seconds += clock.last
                 log.advance()
+                for name, note in self.notes:
+                    log.note(name, note)
+                loader_watch.look(clock, at.step)
                 evaluate = self.evaluate is not None and (at.step % config.eval_every == 0 or self.over())
                 save = self.unsaved and at.step % config.save_every == 0  # what is saved already evicts nothing
                 if evaluate or save or at.step % self.log_every == 0 or self.over():
@@ -277,7 +279,10 @@ class Trainer:
             "finished": finished,
             "stopped_by": self.limit() if finished else self.stop_signal,
             **row,
-            **{key: getattr(at, key) for key in ("step", "tokens", "best_val_loss", "best_step", "skipped_steps")},
+            **{
+                key: getattr(at, key)
+                for key in ("step", "tokens", "best_val_loss", "best_step", "skipped_steps", "spikes")
+            },
             "hours": round(at.seconds / 3600, 4),
             "mean_tokens_per_second": round(clock.mean_rate(at.tokens), 1),
             "peak_memory_bytes": peak_memory(self.dist.device),
@@ -308,6 +313,7 @@ class Trainer:
         state = {
             "progress": vars(self.progress),
             "scaler": self.scaler.state_dict(),
+            "spike_watch": self.spike_watch.state(),
             "config": self.config_dict,
             **self.identity,
         }
@@ -328,6 +334,8 @@ class Trainer:
             raise ValueError(f"{path}: another run than the one to be continued: {'; '.join(changed)}")
         checkpoint.load_tensors(path, self.tensors())
         self.progress = Progress(**state["progress"] | {"bad_steps_in_a_row": 0})  # or one more would stop it again
+        if "spike_watch" in state:
+            self.spike_watch.load(state["spike_watch"])
         self.unsaved = False
         if self.scaler.is_enabled() and state["scaler"]:  # empty where the run was in another precision
             self.scaler.load_state_dict(state["scaler"])
