@@ -279,10 +279,7 @@ class Trainer:
             "finished": finished,
             "stopped_by": self.limit() if finished else self.stop_signal,
             **row,
-            **{
-                key: getattr(at, key)
-                for key in ("step", "tokens", "best_val_loss", "best_step", "skipped_steps", "spikes")
-            },
+            **{key: getattr(at, key) for key in SUMMED_UP},
             "hours": round(at.seconds / 3600, 4),
             "mean_tokens_per_second": round(clock.mean_rate(at.tokens), 1),
             "peak_memory_bytes": peak_memory(self.dist.device),
