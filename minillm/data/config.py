@@ -27,7 +27,7 @@ class DataConfig:
         Literal["file", "line", "blank"], "one document of a .txt: the file, each line, or what blank lines separate"
     ] = "file"
     sources: Annotated[
-        list[str] | None, "a name for each entry of data.path, which is then a source by itself; entries may share one"
+        list[str] | None, "a name for each entry of data.path, which makes it a source; entries may share one"
     ] = None
     weights: Annotated[list[float] | None, "how much is read of each source: a number each, of any sum"] = None
     temperature: Annotated[
@@ -106,12 +106,12 @@ class DataConfig:
             return ["path: sources, weights and temperature mix its entries; give the text of each source"]
         problems, names = [], list(dict.fromkeys(self.names()))
         if self.sources is not None and len(self.sources) != len(self.entries()):
-            problems.append(f"sources: {len(self.sources)} names for the {len(self.entries())} entries of data.path")
+            problems.append(f"sources: {len(self.sources)} given, but data.path has {len(self.entries())} entries")
         if not all(name.strip() for name in names):
             problems.append("sources: a name is empty")
         if self.weights is not None and not problems and len(self.weights) != len(names):
-            count = f"{len(self.weights)} given for {len(names)} sources"
-            problems.append(f"weights: {count} ({', '.join(names)}); give one for each")
+            given = f"{len(self.weights)} given, but the sources are {', '.join(names)}"
+            problems.append(f"weights: {given}; give one for each")
         wrong = [weight for weight in self.weights or [] if not 0 < weight < math.inf]
         if wrong:
             problems.append(f"weights: {wrong[0]:g} is no weight; each must be more than 0, or leave the source out")
