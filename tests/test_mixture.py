@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import train
 from minillm import checkpoint, cli
-from minillm.config import Layer, build
+from minillm.config import Layer, build, file_layer
 from minillm.data.config import DataConfig, stem, unique
 from minillm.data.corpus import open_sources
 from minillm.data.inspect import inspect_lines
@@ -24,7 +25,10 @@ from minillm.data.store import Prepared
 from minillm.eval.perplexity import mixture
 from minillm.log import read_metrics, run_command
 from minillm.losses import IGNORE_INDEX
+from minillm.model.transformer import Transformer
+from minillm.objectives import NextToken
 from minillm.tokenizer import ByteTokenizer
+from minillm.trainer import Stopped
 
 FAR = 10**6  # where the tokens of the next source begin
 
@@ -417,6 +421,26 @@ def test_each_source_is_evaluated_and_the_loss_is_that_of_the_mixture(workplace,
     for name in ("red", "blue"):
         assert f"source {name}: val loss {summary[f'val_loss/{name}']:.4f}" in shown
         assert f"\n  {name}: " in shown  # a sample of each
+
+
+def test_an_evaluation_can_be_interrupted_in_any_source(workplace):
+    config = train.build(train.Config, [file_layer("small.toml")])
+    tokenizer = ByteTokenizer()
+    sources = open_sources(config.data, tokenizer)
+    model = Transformer(config.model.to_config(vocab_size=tokenizer.vocab_size))
+    evaluate = train.make_evaluation(model, NextToken(), tokenizer, sources, config, torch.device("cpu"))
+    asked = []
+    assert "val_loss/blue" in evaluate(lambda: asked.append(True))
+    n_batches, asked = len(asked), []
+
+    def stop_before_the_last_batch():
+        asked.append(True)
+        if len(asked) == n_batches:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        evaluate(stop_before_the_last_batch)
+    assert model.training
 
 
 def test_a_run_on_one_of_the_sources_uses_the_tokens_that_the_mixture_prepared(workplace):
