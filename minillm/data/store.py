@@ -22,6 +22,7 @@ from minillm.files import read_json, sha256
 
 FORMAT = "minillm tokens 1"
 BEGINNING = re.compile(rb'\s*\{\s*"format"\s*:\s*"minillm tokens ')  # of an index.json of ours
+REPORT = re.compile(rb'\s*\{\s*"format"\s*:\s*"minillm clean ')  # of a report.json of ours
 SOURCE = np.dtype([("file", "<u4"), ("line", "<u8")])
 SMALL = 2**26  # bytes: tokens up to 64 MiB are verified in full at every open, some 0.1 s
 SAMPLES = 16  # of larger ones, so many pages of each shard are looked at
@@ -92,6 +93,15 @@ def is_prepared(path: str | Path) -> bool:
         return False
     with open(index, "rb") as file:
         return BEGINNING.match(file.read(100)) is not None
+
+
+def is_cleaned(path: str | Path) -> bool:
+    """Whether a path is a folder that `data clean` has written; another report.json is somebody's text."""
+    report = Path(path) / "report.json"
+    if not report.is_file():
+        return False
+    with open(report, "rb") as file:
+        return REPORT.match(file.read(100)) is not None
 
 
 def open_prepared(directory: str | Path, tokenizer_hash: str | None = None) -> Prepared:

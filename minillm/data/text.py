@@ -23,7 +23,7 @@ from typing import BinaryIO, NamedTuple
 
 from minillm.data.config import DataConfig
 from minillm.data.json_rows import json_list_rows, jsonl_rows, row_texts
-from minillm.data.store import is_prepared
+from minillm.data.store import is_cleaned, is_prepared
 from minillm.data.tables import Rows, csv_rows, parquet_rows
 
 BLOCK = 2**20  # bytes read at a time: 0.2 s of tokenising, so that a process is not kept waiting for its next one
@@ -100,7 +100,7 @@ def find_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
     """The text files that paths, folders and globs name: in the order given, each once, those of a folder sorted.
 
     A folder is searched to the bottom for the formats we read; hidden files, those of OTHER and those that describe
-    prepared tokens are left out.
+    prepared tokens or cleaned text are left out.
     """
     found: dict[Path, None] = {}
     for one in [path] if isinstance(path, (str, Path)) else path:
@@ -124,14 +124,20 @@ def files_of(path: str) -> list[Path]:
         hint = f"; did you mean {place.parent / close[0]}?" if close else ""
         raise ValueError(f"{path}: no such file or folder{hint}")
     files = [p for p in inside if p.is_file() and text_format(p) is not None and p.name not in OTHER]
-    files = [p for p in files if not describes_tokens(p)]
+    files = [p for p in files if not describes_data(p)]
     if not files:
         raise ValueError(f"{path}: no text there; files must end in {FORMATS}")
     return files
 
 
-def describes_tokens(path: Path) -> bool:
-    """Whether a file is the index of prepared tokens, or that of a packing plan in a folder inside theirs."""
+def describes_data(path: Path) -> bool:
+    """Whether a file is no text but stands beside what we made of text.
+
+    The index of prepared tokens, that of a packing plan in a folder inside theirs, the report of cleaned text, and the
+    rows that were dropped from it.
+    """
+    if path.name in ("report.json", "dropped.jsonl"):
+        return is_cleaned(path.parent)
     homes = {"index.json": path.parent, "plan.json": path.parent.parent}
     return path.name in homes and is_prepared(homes[path.name])
 

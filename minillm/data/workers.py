@@ -139,7 +139,7 @@ class Workers:
         code = self.processes[connection].wait()
         reason = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
         memory = "; perhaps memory ran out: try fewer data.workers" if code == -9 else ""
-        return ValueError(f"a tokenising process {reason}{memory}")
+        return ValueError(f"a worker process {reason}{memory}")
 
 
 def guarded(tasks: Iterable[Task]) -> Iterator[Outcome]:
@@ -168,7 +168,7 @@ def serve(handle: int) -> None:
             except ValueError as error:
                 outcome = Outcome(error=ValueError(str(error)))
             except Exception:
-                outcome = Outcome(error=RuntimeError(f"in a tokenising process:\n{traceback.format_exc()}"))
+                outcome = Outcome(error=RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))
             connection.send(outcome)
     except (EOFError, OSError):  # the program that asked is gone
         os._exit(0)
