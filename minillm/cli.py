@@ -10,6 +10,9 @@ from typing import Annotated, NamedTuple
 
 from minillm import checkpoint
 from minillm.config import ConfigError, Layer, arguments, build, file_layer, help_text
+from minillm.data.clean.config import CleanConfig
+from minillm.data.clean.pipeline import clean, clean_shard, merge
+from minillm.data.clean.report import table
 from minillm.data.config import DataConfig
 from minillm.data.corpus import identity, open_corpus, open_sources, with_path
 from minillm.data.inspect import inspect_lines
@@ -67,6 +70,19 @@ class DataPrepare:
 
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+@dataclass(frozen=True)
+class DataClean:
+    """Options of `data clean`."""
+
+    out: Annotated[str, "folder to write"]
+    shard: Annotated[str | None, "i/n: only the i-th of n shares of the text, into OUT/shard-i-of-n, for --merge"] = (
+        None
+    )
+    merge: Annotated[str | None, "folder of all shards: write them to OUT without duplicates among them"] = None
+    data: DataConfig = field(default_factory=DataConfig)
+    clean: CleanConfig = field(default_factory=CleanConfig)
 
 
 @dataclass(frozen=True)
@@ -129,6 +145,20 @@ def data_prepare(options: DataPrepare) -> None:
         if source.name:
             print(f"source {source.name}, {source.share:.1%} of the samples:")
         print(f"{source.prepared.directory}\n{describe_prepared(source.prepared)}")
+
+
+def data_clean(options: DataClean) -> None:
+    """Write what of a text is fit to be trained on, and a report of the rest."""
+    out: str | Path = options.out
+    if options.merge is not None:
+        if options.shard is not None or (options.data, options.clean) != (DataConfig(), CleanConfig()):
+            raise ValueError("merge: what is merged and how is said by the shards; give no more than --merge and OUT")
+        report = merge(options.merge, out)
+    elif options.shard is not None:
+        out, report = clean_shard(options.data, options.clean, out, options.shard)
+    else:
+        report = clean(options.data, options.clean, out)
+    print(f"{out}\n\n{table(report)}")
 
 
 def data_info(options: DataInfo) -> None:
@@ -208,6 +238,7 @@ VERBS = {
         tokenizer_eval, TokenizerEval, ["path"], "PATH --data.path TEXT [--against OTHER]: how well it packs text"
     ),
     "data prepare": Verb(data_prepare, DataPrepare, [], "--data.path TEXT: tokenise once, for every run after"),
+    "data clean": Verb(data_clean, DataClean, ["out"], "OUT --data.path TEXT: filter, remove duplicates and secrets"),
     "data info": Verb(data_info, DataInfo, ["path"], "PATH: what prepared data holds"),
     "data inspect": Verb(data_inspect, DataInspect, ["path"], "RUN --step N: the documents and tokens of a step"),
     "generate": Verb(generate_text, Generate, ["path"], "RUN --prompt TEXT: continue a text"),
