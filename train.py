@@ -228,7 +228,7 @@ def make_trainer(
         train.precision,
         device,
     )
-    objective = NextToken(model_config.vocab_size)
+    objective = NextToken(model_config.vocab_size, label_smoothing=train.label_smoothing, z_loss=train.z_loss)
     trainer = Trainer(
         model,
         optimizer,
@@ -240,7 +240,9 @@ def make_trainer(
         dist=dist,
         grad_clip=optim.grad_clip,
         seed=config.run.seed,
-        evaluate=make_evaluation(model, objective, tokenizer, held_out(sources), config, device),
+        evaluate=make_evaluation(
+            model, NextToken(model_config.vocab_size), tokenizer, held_out(sources), config, device
+        ),
         run=run,
         log_every=log.every,
         flops_per_token=flops_per_token(model_config, data.seq_len),

@@ -17,6 +17,12 @@ unless `chunk_tokens` says otherwise, and the gradients themselves, which backwa
 Precision: the matrix products run in the autocast dtype where there is one, softmax and the sum over chunks in fp32
 (in float64 for float64 weights).
 
+Two penalties may join the loss: label smoothing asks for a little of every token, s times the mean over the vocabulary
+of -log p (Szegedy et al. 2016, section 7), leaving 1 - s of the loss itself; z-loss keeps the normaliser Z = sum(exp(W
+h)) near 1, by z (log Z)^2 (Chowdhery et al. 2022, section 5). They change what is minimised and not what is reported:
+the plain loss comes along. With both, the gradient with respect to the logits is (1 + 2 z log Z) p - (1 - s) onehot(t)
+- s / V.
+
 Shapes: B batch, T time, D dim, V vocab, N rows (B * T, or those that have a target), C rows of a chunk.
 """
 
@@ -36,6 +42,24 @@ IGNORE_INDEX = -100
 MAX_CHUNK_TOKENS = 8192
 
 
+class Penalties(NamedTuple):
+    """What is minimised beside -log p(target); both 0: nothing."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+class Losses(NamedTuple):
+    """Sums over all targets: what is minimised, and, without gradients, the plain loss and the z-loss in it."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    z_loss: Tensor
+
+
+NO_PENALTIES = Penalties()
+
+
 def cross_entropy(lm_head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int | None = None) -> Tensor:
     """The plain loss, for comparison and for small vocabularies: the sum of -log p(target) in nats over all targets.
 
@@ -44,9 +68,29 @@ def cross_entropy(lm_head: nn.Module, hidden: Tensor, targets: Tensor, vocab_siz
         targets: (B, T) int64; IGNORE_INDEX where nothing is to be learned.
         vocab_size: rows of lm_head beyond it are padding and take no part.
     """
+    return penalised_cross_entropy(lm_head, hidden, targets, vocab_size).total
+
+
+def penalised_cross_entropy(
+    lm_head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    vocab_size: int | None = None,
+    penalties: Penalties = NO_PENALTIES,
+) -> Losses:
+    """`cross_entropy` with penalties, with all logits at once."""
     logits = lm_head(hidden)[..., :vocab_size]  # (B, T, V)
     logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))  # (B * T, V)
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    options = {"target": targets.flatten(), "ignore_index": IGNORE_INDEX, "reduction": "sum"}
+    total = plain = F.cross_entropy(logits, **options)
+    z_loss = torch.zeros_like(plain)
+    if penalties.label_smoothing:
+        total = F.cross_entropy(logits, **options, label_smoothing=penalties.label_smoothing)
+    if penalties.z_loss:
+        log_z = logits.logsumexp(-1)[targets.flatten() != IGNORE_INDEX]
+        z_loss = penalties.z_loss * log_z.square().sum()
+        total = total + z_loss
+    return Losses(total, plain.detach(), z_loss.detach())
 
 
 def chunked_cross_entropy(
@@ -57,7 +101,20 @@ def chunked_cross_entropy(
     chunk_tokens: int | None = None,
     skip_ignored: bool | None = None,
 ) -> Tensor:
-    """`cross_entropy`, value and gradients, in memory bounded by a chunk of tokens.
+    """`cross_entropy`, value and gradients, in bounded memory; arguments as in `chunked_losses`."""
+    return chunked_losses(lm_head, hidden, targets, vocab_size, chunk_tokens, skip_ignored).total
+
+
+def chunked_losses(
+    lm_head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+    skip_ignored: bool | None = None,
+    penalties: Penalties = NO_PENALTIES,
+) -> Losses:
+    """`penalised_cross_entropy`, values and gradients, in memory bounded by a chunk of tokens.
 
     Args:
         chunk_tokens: tokens whose logits exist at once; by default as many as fit `logits_bytes`.
@@ -65,22 +122,25 @@ def chunked_cross_entropy(
             on the CPU, where it is the default, and one synchronisation elsewhere, which pays where many rows are
             ignored (instruction data) and not where none is (pretraining).
 
-    The result can be passed through backward once; a second time raises RuntimeError. Where lm_head is more than a
+    The total can be passed through backward once; a second time raises RuntimeError. Where lm_head is more than a
     plain nn.Linear (it carries an adapter, say), it is called on each chunk, and once more in backward.
     """
     vocab_size = vocab_size or lm_head.out_features
     rows, row_targets, _ = select_rows(hidden, targets, vocab_size, skip_ignored)
     chunk_tokens = chunk_tokens or default_chunk_tokens(len(rows), vocab_size, hidden.device)
     if not is_plain_linear(lm_head):
-        parts = zip(rows.split(chunk_tokens), row_targets.split(chunk_tokens))
-        return sum(checkpoint(cross_entropy, lm_head, h, t, vocab_size, use_reentrant=False) for h, t in parts)
+        arguments = vocab_size, penalties
+        parts = [
+            checkpoint(penalised_cross_entropy, lm_head, h, t, *arguments, use_reentrant=False)
+            for h, t in zip(rows.split(chunk_tokens), row_targets.split(chunk_tokens))
+        ]
+        return Losses(*(torch.stack(each).sum() for each in zip(*parts)))
     inputs = rows, lm_head.weight, lm_head.bias
     dtype = matmul_dtype(lm_head.weight)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return LinearCrossEntropy.apply(*inputs, row_targets, vocab_size, chunk_tokens, dtype)
+        return Losses(*LinearCrossEntropy.apply(*inputs, row_targets, vocab_size, chunk_tokens, dtype, penalties))
     projection = Projection.of(lm_head.weight, lm_head.bias, vocab_size, dtype)
-    chunks = softmax_chunks(rows, projection, row_targets, chunk_tokens)
-    return sum((chunk.nll.sum() for chunk in chunks), start=rows.new_zeros((), dtype=projection.accumulate_dtype))
+    return summed_losses(rows, projection, row_targets, chunk_tokens, penalties)
 
 
 def token_logprobs(
@@ -216,10 +276,14 @@ class Chunk(NamedTuple):
     exps: Tensor  # (C, V), exp(logit - the row's largest)
     sums: Tensor  # (C, 1), of exps
     nll: Tensor  # (C,), -log p(target), 0 where ignored
+    log_z: Tensor  # (C, 1), of the sum of exp(logit)
+    uniform: Tensor | None  # (C, 1), mean of -log p over the vocabulary, where it is asked for
     product: Tensor  # (C, V), a buffer in the dtype of the matrix products; the memory of exps where the dtypes agree
 
 
-def softmax_chunks(rows: Tensor, projection: Projection, targets: Tensor, chunk_tokens: int) -> Iterator[Chunk]:
+def softmax_chunks(
+    rows: Tensor, projection: Projection, targets: Tensor, chunk_tokens: int, uniform: bool = False
+) -> Iterator[Chunk]:
     """The softmax over the vocabulary, a chunk of rows after the other, in one buffer."""
     weight, bias, accumulate_dtype = projection
     N, C, V = len(rows), min(len(rows), chunk_tokens), len(weight)
@@ -237,11 +301,14 @@ def softmax_chunks(rows: Tensor, projection: Projection, targets: Tensor, chunk_
         trained = (targets[place] != IGNORE_INDEX)[:, None]  # (C, 1)
         chunk_targets = targets[place][:, None].where(trained, 0)
         target_logits = logits.gather(1, chunk_targets)
+        mean_logits = logits.mean(1, keepdim=True) if uniform else None
         largest = logits.amax(1, keepdim=True)
         exps = logits.sub_(largest).exp_()
         sums = exps.sum(1, keepdim=True)
-        nll = (sums.log() + largest - target_logits).where(trained, 0)[:, 0]
-        yield Chunk(place, chunk_rows, chunk_targets, trained.to(sums.dtype), exps, sums, nll, product)
+        log_z = sums.log() + largest
+        nll = (log_z - target_logits).where(trained, 0)[:, 0]
+        mean = log_z - mean_logits if uniform else None
+        yield Chunk(place, chunk_rows, chunk_targets, trained.to(sums.dtype), exps, sums, nll, log_z, mean, product)
 
 
 class Gradients:
@@ -257,11 +324,18 @@ class Gradients:
             # the first chunk, where there is one, writes all but the padding rows
             self.weight[V if len(rows) else 0 :].zero_()
 
-    def add(self, chunk: Chunk, scale: Tensor) -> None:
-        """Add the gradient of sum(scale * nll) over the chunk's rows; scale is (C, 1). Uses up `chunk.exps`."""
+    def add(self, chunk: Chunk, scale: Tensor, penalties: Penalties = NO_PENALTIES) -> None:
+        """Add the gradient of sum(scale * nll), with penalties, over the chunk's rows; scale is (C, 1).
+
+        Uses up `chunk.exps`.
+        """
         V = len(self.projection.weight)
         grad = chunk.exps  # d nll / d logits = exps / sums - onehot
-        grad.scatter_(1, chunk.targets, grad.gather(1, chunk.targets) - chunk.sums)
+        if penalties.z_loss:
+            grad.mul_(1 + 2 * penalties.z_loss * chunk.log_z)
+        grad.scatter_(1, chunk.targets, grad.gather(1, chunk.targets) - (1 - penalties.label_smoothing) * chunk.sums)
+        if penalties.label_smoothing:
+            grad.sub_(penalties.label_smoothing / V * chunk.sums)
         grad.mul_(scale * chunk.trained / chunk.sums)  # (C, V)
         if self.bias is not None:
             self.bias[:V] += grad.sum(0)
@@ -288,30 +362,52 @@ class Gradients:
         return self.rows, weight, bias
 
 
+def summed_losses(
+    rows: Tensor,
+    projection: Projection,
+    targets: Tensor,
+    chunk_tokens: int,
+    penalties: Penalties,
+    gradients: Gradients | None = None,
+) -> Losses:
+    """The losses over all chunks; `gradients`, where given, gets those of the total."""
+    label_smoothing, z_loss = penalties
+    nll = rows.new_empty(len(rows), dtype=projection.accumulate_dtype)
+    uniform = z = nll.new_zeros(())
+    for chunk in softmax_chunks(rows, projection, targets, chunk_tokens, label_smoothing > 0):
+        nll[chunk.place] = chunk.nll
+        if label_smoothing:
+            uniform = uniform + (chunk.uniform * chunk.trained).sum()
+        if z_loss:
+            z = z + z_loss * (chunk.log_z.square() * chunk.trained).sum()
+        if gradients is not None:
+            gradients.add(chunk, torch.ones_like(chunk.sums), penalties)
+    plain = nll.sum()
+    return Losses((1 - label_smoothing) * plain + label_smoothing * uniform + z, plain, z)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
-    """The summed loss; forward makes the gradients for a scale of 1, backward scales them in place."""
+    """The summed losses; forward makes the gradients of their total for a scale of 1, backward scales them in place."""
 
     @staticmethod
-    def forward(ctx, rows, weight, bias, targets, vocab_size, chunk_tokens, dtype):
+    def forward(ctx, rows, weight, bias, targets, vocab_size, chunk_tokens, dtype, penalties):
         projection = Projection.of(weight, bias, vocab_size, dtype)
         gradients = Gradients(rows, weight, bias, projection, ctx.needs_input_grad[:3])
-        nll = rows.new_empty(len(rows), dtype=projection.accumulate_dtype)
-        for chunk in softmax_chunks(rows, projection, targets, chunk_tokens):
-            nll[chunk.place] = chunk.nll
-            gradients.add(chunk, torch.ones_like(chunk.sums))
+        losses = summed_losses(rows, projection, targets, chunk_tokens, penalties, gradients)
         ctx.gradients = gradients.finished()
-        return nll.sum()
+        ctx.mark_non_differentiable(losses.cross_entropy, losses.z_loss)
+        return tuple(losses)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, scale):
+    def backward(ctx, scale, *_):
         if ctx.gradients is None:
             raise RuntimeError(
                 "backward through chunked_cross_entropy a second time: its gradients were handed over the first time; "
                 "call the model again, or use cross_entropy"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if gradient is None else gradient.mul_(scale) for gradient in gradients), *[None] * 4
+        return *(None if gradient is None else gradient.mul_(scale) for gradient in gradients), *[None] * 5
 
 
 class LinearLogprobs(torch.autograd.Function):

@@ -1,8 +1,8 @@
 """What training minimises: an objective counts a batch's units, and sums a loss over them.
 
 The loss is a sum because only the trainer knows how many units the whole step has, over all micro-batches and ranks.
-A metric is a pair (sum, count) for the same reason. The model is any callable that takes `head`, so an objective
-works unchanged under DDP, FSDP2 and torch.compile.
+A metric is a pair (sum, count) for the same reason; one called `loss` is reported in place of what is minimised. The
+model is any callable that takes `head`, so an objective works unchanged under DDP, FSDP2 and torch.compile.
 
 Shapes: B batch, T time.
 """
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from minillm.data.batch import Batch
-from minillm.losses import IGNORE_INDEX, chunked_cross_entropy
+from minillm.losses import IGNORE_INDEX, Penalties, chunked_cross_entropy, chunked_losses
 
 Metrics = dict[str, tuple[Tensor | float, Tensor | int]]
 
@@ -31,20 +31,34 @@ class NextToken:
 
     Args:
         vocab_size: rows of the model's head beyond it are padding; None: there are none.
-        chunk_tokens, skip_ignored: as in `chunked_cross_entropy`.
+        chunk_tokens, skip_ignored: as in `chunked_losses`.
+        label_smoothing, z_loss: penalties that join what is minimised, not the loss that is reported (`Penalties`).
     """
 
     def __init__(
-        self, vocab_size: int | None = None, chunk_tokens: int | None = None, skip_ignored: bool | None = None
+        self,
+        vocab_size: int | None = None,
+        chunk_tokens: int | None = None,
+        skip_ignored: bool | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ):
         self.options = {"vocab_size": vocab_size, "chunk_tokens": chunk_tokens, "skip_ignored": skip_ignored}
+        self.penalties = Penalties(label_smoothing, z_loss)
 
     def count(self, batch: Batch) -> int:
         """How many tokens of the batch are to be predicted."""
         return int((batch.targets != IGNORE_INDEX).sum())
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The summed loss; no metric, since the loss says it all."""
-        head = partial(chunked_cross_entropy, targets=batch.targets, **self.options)
-        loss_sum = model(batch.tokens, positions=batch.positions, doc_ids=batch.doc_ids, head=head)
-        return loss_sum, {}
+        """The sum of what is minimised; metrics only where that is more than the loss."""
+        fields = {"positions": batch.positions, "doc_ids": batch.doc_ids}
+        options = {"targets": batch.targets, **self.options}
+        if not any(self.penalties):
+            return model(batch.tokens, **fields, head=partial(chunked_cross_entropy, **options)), {}
+        losses = model(batch.tokens, **fields, head=partial(chunked_losses, **options, penalties=self.penalties))
+        count = (batch.targets != IGNORE_INDEX).sum()
+        metrics: Metrics = {"loss": (losses.cross_entropy, count)}
+        if self.penalties.z_loss:
+            metrics["z_loss"] = (losses.z_loss, count)
+        return losses.total, metrics

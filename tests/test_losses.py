@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from minillm import losses
-from minillm.losses import IGNORE_INDEX, chunked_cross_entropy, cross_entropy, token_logprobs
+from minillm.losses import (
+    IGNORE_INDEX,
+    Penalties,
+    chunked_cross_entropy,
+    chunked_losses,
+    cross_entropy,
+    penalised_cross_entropy,
+    token_logprobs,
+)
 
 V, D = 37, 16
 
@@ -57,15 +65,20 @@ def test_chunked_values_and_gradients_are_the_plain_ones(loss, chunk_tokens, bia
 
 @pytest.mark.parametrize("loss", CHUNKED)
 def test_gradients_agree_with_finite_differences(loss):
+    check_finite_differences(loss)
+
+
+def check_finite_differences(loss, **options):
+    """As torch.autograd.gradcheck does, but with one backward, which is all that the chunked loss allows."""
     lm_head, hidden, targets = problem(bias=True, ignored=[2])
-    gradients = value_and_gradients(loss, lm_head, hidden, targets, chunk_tokens=5)[1:]
+    gradients = value_and_gradients(loss, lm_head, hidden, targets, chunk_tokens=5, **options)[1:]
     for parameter, gradient in zip([hidden, *lm_head.parameters()], gradients):
         direction = torch.randn_like(parameter)
         with torch.no_grad():
             values = []
             for sign in (1, -1):
                 parameter += sign * 1e-5 * direction
-                values.append(loss(lm_head, hidden, targets, chunk_tokens=5))
+                values.append(loss(lm_head, hidden, targets, chunk_tokens=5, **options))
                 parameter -= sign * 1e-5 * direction
         assert (values[0] - values[1]).item() / 2e-5 == pytest.approx((direction * gradient).sum().item(), rel=1e-7)
 
@@ -287,3 +300,106 @@ def test_targets_of_another_shape_are_refused():
     lm_head, hidden, targets = problem()
     with pytest.raises(ValueError, match=r"\(2, 8\)"):
         chunked_cross_entropy(lm_head, hidden, targets[:, :8])
+
+
+# --- penalties --------------------------------------------------------------------------------------------------------
+
+PENALTIES = [Penalties(0.1, 0.0), Penalties(0.0, 1e-2), Penalties(0.3, 0.5)]
+
+
+def written_out(lm_head, hidden, targets, penalties, vocab_size=V):
+    """The definition, target by target."""
+    total = 0.0
+    for h, t in zip(hidden.flatten(0, 1), targets.flatten().tolist()):
+        if t == IGNORE_INDEX:
+            continue
+        logits = lm_head(h)[:vocab_size]
+        log_z = logits.exp().sum().log()
+        minus_logp = log_z - logits
+        total = total + (1 - penalties.label_smoothing) * minus_logp[t] + penalties.z_loss * log_z**2
+        total = total + penalties.label_smoothing * minus_logp.sum() / vocab_size
+    return total
+
+
+def totals(loss):
+    return lambda *args, **options: loss(*args, **options).total
+
+
+@pytest.mark.parametrize("loss", [chunked_losses, penalised_cross_entropy])
+@pytest.mark.parametrize("penalties", PENALTIES)
+@pytest.mark.parametrize("chunked", [{"chunk_tokens": 4}, {"chunk_tokens": 7, "skip_ignored": False}, {}])
+def test_penalties_are_their_definition(loss, penalties, chunked):
+    """Values and gradients; rows of padding in the vocabulary take no part, nor do ignored targets."""
+    data = problem(bias=True, rows=V + 5, ignored=[0, 5, 17])
+    expected = value_and_gradients(written_out, *data, scale=0.3, penalties=penalties)
+    options = {"vocab_size": V, "penalties": penalties} | (chunked if loss is chunked_losses else {})
+    torch.testing.assert_close(value_and_gradients(totals(loss), *data, scale=0.3, **options), expected)
+
+
+def test_label_smoothing_is_pytorchs():
+    lm_head, hidden, targets = problem(ignored=[3])
+    logits = lm_head(hidden).flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten(), reduction="sum", label_smoothing=0.2)
+    torch.testing.assert_close(chunked_losses(lm_head, hidden, targets, penalties=Penalties(0.2)).total, expected)
+
+
+@pytest.mark.parametrize("penalties", PENALTIES)
+def test_penalised_gradients_agree_with_finite_differences(penalties):
+    check_finite_differences(totals(chunked_losses), penalties=penalties)
+
+
+@pytest.mark.parametrize("penalties", PENALTIES)
+def test_the_plain_loss_comes_along(penalties):
+    data = problem(bias=True, ignored=[2])
+    for losses_of in (chunked_losses, penalised_cross_entropy):
+        for context in (contextlib.nullcontext(), torch.no_grad()):
+            with context:
+                result = losses_of(*data, penalties=penalties)
+            assert not result.cross_entropy.requires_grad
+            torch.testing.assert_close(result.cross_entropy, cross_entropy(*data).detach())
+            smoothing = Penalties(penalties.label_smoothing)
+            without_z = losses_of(*data, penalties=smoothing).total
+            torch.testing.assert_close(result.z_loss, (result.total - without_z).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_penalties_nothing_changes_to_the_bit(dtype):
+    data = problem(dtype, bias=True, ignored=[2, 9])
+    plain = value_and_gradients(chunked_cross_entropy, *data, chunk_tokens=4)
+    for penalties in (Penalties(), Penalties(0, 0)):
+        result = value_and_gradients(totals(chunked_losses), *data, chunk_tokens=4, penalties=penalties)
+        assert all(torch.equal(a, b) for a, b in zip(result, plain))
+
+
+@pytest.mark.parametrize("penalties", PENALTIES)
+def test_penalties_reach_a_head_with_an_adapter(penalties):
+    lm_head, hidden, targets = problem(ignored=[3, 4])
+    data = Adapted(lm_head), hidden, targets
+    expected = value_and_gradients(totals(penalised_cross_entropy), *data, penalties=penalties)
+    result = value_and_gradients(totals(chunked_losses), *data, penalties=penalties, chunk_tokens=5)
+    torch.testing.assert_close(result, expected)
+
+
+def test_penalties_make_no_larger_tensor():
+    lm_head, hidden, targets = problem(torch.float32, rows=600)
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (result if isinstance(result, tuple) else [result]) if torch.is_tensor(x))
+            return result
+
+    with Watch():
+        value_and_gradients(totals(chunked_losses), lm_head, hidden, targets, chunk_tokens=2, penalties=PENALTIES[2])
+    assert max(sizes) == lm_head.weight.numel()
+
+
+@pytest.mark.parametrize("penalties", PENALTIES)
+def test_penalties_under_autocast_stay_near(penalties):
+    data = problem(torch.float32, bias=True, ignored=[4])
+    exact = value_and_gradients(totals(penalised_cross_entropy), *data, penalties=penalties)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = value_and_gradients(totals(chunked_losses), *data, chunk_tokens=4, penalties=penalties)
+    for result, expected in zip(half, exact):
+        assert (result - expected).norm() <= 2e-2 * expected.norm()

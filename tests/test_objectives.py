@@ -1,14 +1,17 @@
 from functools import partial
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from minillm.data.batch import Batch
+from minillm.distributed.context import Context
 from minillm.losses import IGNORE_INDEX
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
+from minillm.trainer import TrainConfig, Trainer
 
 CONFIG = ModelConfig(vocab_size=50, dim=16, n_layers=2, n_heads=2, max_seq_len=12, vocab_multiple=8)
 
@@ -92,8 +95,53 @@ def test_options_reach_the_loss(monkeypatch):
     assert seen == {"vocab_size": 50, "chunk_tokens": 3, "skip_ignored": True}
 
 
+def test_penalties_join_what_is_minimised_and_not_what_is_reported():
+    model, batch = Transformer(CONFIG), batch_of(ignored=[0, 13, 35])
+    plain = NextToken(vocab_size=50)(model, batch)[0]
+    loss, metrics = NextToken(vocab_size=50, label_smoothing=0.1, z_loss=1e-2)(model, batch)
+    logits, targets = model(batch.tokens).flatten(0, 1), batch.targets.flatten()
+    log_z = logits.logsumexp(-1)[targets != IGNORE_INDEX]
+    z_loss = 1e-2 * log_z.square().sum()
+    expected = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.1) + z_loss
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(model, loss), gradients(model, expected))
+    assert set(metrics) == {"loss", "z_loss"}
+    torch.testing.assert_close(metrics["loss"], (plain.detach(), torch.tensor(33)))
+    torch.testing.assert_close(metrics["z_loss"], (z_loss.detach(), torch.tensor(33)))
+    assert set(NextToken(label_smoothing=0.1)(model, batch)[1]) == {"loss"}
+
+
+def test_the_trainer_reports_the_plain_loss_and_the_z_loss():
+    class Loader:
+        samples_per_step, samples_per_epoch, tokens_per_step = 6, 6, 72
+
+        def batches(self, cursor):
+            return [batch_of(ignored=[0]), batch_of(ignored=range(9))]
+
+    figures = []
+    for options in ({}, {"label_smoothing": 0.2, "z_loss": 0.1}):
+        model = Transformer(CONFIG)
+        trainer = Trainer(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            NextToken(vocab_size=50, **options),
+            Loader(),
+            TrainConfig(max_steps=1, precision="fp32"),
+            steps=1,
+            lr_at=lambda step: 0.1,
+            dist=Context(torch.device("cpu")),
+        )
+        figures.append(trainer.step())
+    assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=1e-6)
+    assert "z_loss" not in figures[0]
+    assert figures[1]["z_loss"] > 0
+    assert figures[0]["grad_norm"] != pytest.approx(figures[1]["grad_norm"], rel=1e-2)
+
+
 def test_a_compiled_model_gives_the_same_loss_and_gradients():
     model, batch = Small(), batch_of(ignored=[3])
+    smooth = NextToken(chunk_tokens=8, label_smoothing=0.1, z_loss=1e-2)
+    torch.testing.assert_close(smooth(torch.compile(model, backend="eager"), batch), smooth(model, batch))
     loss = NextToken(chunk_tokens=8)(torch.compile(model, backend="eager"), batch)[0]
     expected = plain_loss(model, batch)
     torch.testing.assert_close(loss, expected)

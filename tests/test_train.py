@@ -89,6 +89,18 @@ def failure(capsys, *words):
     return error[error.index("error: ") :]
 
 
+def test_penalties_are_trained_with_and_reported_beside_the_loss(workplace):
+    first, smooth = "runs/small", "runs/smooth"
+    assert run("--train.max_steps", 2) == 0
+    assert run("--run.dir", smooth, "--train.max_steps", 2, "--train.z_loss", 0.1, "--train.label_smoothing", 0.2) == 0
+    rows = [read_metrics(Path(directory) / "metrics.jsonl") for directory in (first, smooth)]
+    assert rows[1][0]["loss"] == pytest.approx(rows[0][0]["loss"], rel=1e-6)
+    assert rows[1][1]["loss"] != pytest.approx(rows[0][1]["loss"], rel=1e-6)
+    assert "z_loss" in rows[1][0]
+    assert "z_loss" not in rows[0][0]
+    assert rows[1][1]["val_loss"] == pytest.approx(rows[0][1]["val_loss"], rel=0.1)  # without what smoothing adds
+
+
 def test_a_run_leaves_everything_that_it_promises(workplace, capsys):
     assert run() == 0
     shown = capsys.readouterr().out

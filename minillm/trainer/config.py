@@ -38,6 +38,8 @@ class TrainConfig:
     spike_threshold: Annotated[
         float, "standard deviations above the usual, by statistics that a spike does not move", "> 0"
     ] = 6.0
+    label_smoothing: Annotated[float, "share of the target that goes to all tokens alike", ">= 0, < 1"] = 0.0
+    z_loss: Annotated[float, "weight of the squared log normaliser, as a penalty; 1e-4 is usual", ">= 0"] = 0.0
     max_bad_steps: Annotated[int, "non-finite steps in a row after which the run stops", ">= 1"] = 10
 
 
