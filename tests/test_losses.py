@@ -5,16 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minillm import losses
 from minillm.losses import (
     IGNORE_INDEX,
     Penalties,
     chunked_cross_entropy,
     chunked_losses,
+    chunks,
     cross_entropy,
     penalised_cross_entropy,
     token_logprobs,
 )
+from minillm.losses.heads import default_chunk_tokens, logits_bytes
 
 V, D = 37, 16
 
@@ -110,9 +111,9 @@ def test_a_batch_of_ignored_targets_has_loss_and_gradients_zero(loss, skip_ignor
 @pytest.mark.parametrize("loss", CHUNKED)
 def test_rows_without_a_target_are_not_computed(loss, monkeypatch):
     computed = []
-    original = losses.softmax_chunks
+    original = chunks.softmax_chunks
     monkeypatch.setattr(
-        losses, "softmax_chunks", lambda rows, *rest: computed.append(len(rows)) or original(rows, *rest)
+        chunks, "softmax_chunks", lambda rows, *rest: computed.append(len(rows)) or original(rows, *rest)
     )
     value_and_gradients(loss, *problem(ignored=range(5)))
     assert set(computed) == {13}
@@ -169,7 +170,7 @@ def test_only_needed_gradients_are_made(loss, frozen):
 def test_without_gradients_none_is_computed(monkeypatch):
     lm_head, hidden, targets = problem()
     expected = cross_entropy(lm_head, hidden, targets).detach()
-    monkeypatch.setattr(losses, "Gradients", None)
+    monkeypatch.setattr(chunks, "Gradients", None)
     with torch.no_grad():
         torch.testing.assert_close(chunked_cross_entropy(lm_head, hidden, targets, chunk_tokens=4), expected)
     frozen = nn.Linear(D, V, bias=False).double().requires_grad_(False)
@@ -231,8 +232,8 @@ def test_the_weight_gradient_is_handed_over_not_copied():
 
 def test_a_chunk_stays_within_its_budget():
     for vocab_size, n_rows in [(65, 100_000), (6400, 8192), (50_304, 2048), (151_936, 2048), (300_000_000, 5)]:
-        chunk = losses.default_chunk_tokens(n_rows, vocab_size, torch.device("cpu"))
-        assert chunk == 1 or 4 * chunk * vocab_size <= losses.logits_bytes(torch.device("cpu"))
+        chunk = default_chunk_tokens(n_rows, vocab_size, torch.device("cpu"))
+        assert chunk == 1 or 4 * chunk * vocab_size <= logits_bytes(torch.device("cpu"))
         n_chunks = -(-n_rows // chunk)
         assert n_chunks * chunk - n_rows < n_chunks  # equal parts
 
