@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from minillm.data.shards import describe as describe_prepared
 from minillm.data.store import open_prepared
 from minillm.data.text import documents, find_files
 from minillm.distributed.context import find_device
+from minillm.doctor import advice, examine
+from minillm.doctor import report as doctor_report
 from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
 from minillm.load import load
@@ -111,6 +114,14 @@ class Generate(SamplingParams):
     prompt: Annotated[str, "text to continue"] = ""
     step: Annotated[int | None, "checkpoint of a run; none: the newest", ">= 0"] = None
     device: Annotated[str, "auto | cpu | cuda | mps | ..."] = "auto"
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Options of `doctor`."""
+
+    seconds: Annotated[float, "time to measure in, over all devices", ">= 0"] = 10.0
+    json: Annotated[bool, "one JSON object instead of a table"] = False
 
 
 def tokenizer_train(options: TokenizerTrain) -> None:
@@ -231,6 +242,13 @@ def generate_text(options: Generate) -> None:
     print()
 
 
+def doctor(options: Doctor) -> None:
+    """Say what this machine has, how fast it is and what to set."""
+    places = {"run.dir": str(Path(RunConfig.dir).parent), "data.cache_dir": DataConfig.cache_dir}
+    found = examine(options.seconds, places)
+    print(json.dumps(found | {"advice": advice(found)}, indent=1) if options.json else doctor_report(found))
+
+
 VERBS = {
     "tokenizer train": Verb(tokenizer_train, TokenizerTrain, ["out"], "OUT --data.path TEXT: train a tokenizer"),
     "tokenizer info": Verb(tokenizer_info, TokenizerInfo, ["path"], "PATH: what a tokenizer is"),
@@ -242,6 +260,7 @@ VERBS = {
     "data info": Verb(data_info, DataInfo, ["path"], "PATH: what prepared data holds"),
     "data inspect": Verb(data_inspect, DataInspect, ["path"], "RUN --step N: the documents and tokens of a step"),
     "generate": Verb(generate_text, Generate, ["path"], "RUN --prompt TEXT: continue a text"),
+    "doctor": Verb(doctor, Doctor, [], "what this machine has, how fast it is, what to set"),
 }
 
 

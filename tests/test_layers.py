@@ -9,7 +9,7 @@ LAYERS = [
     ["config", "log", "losses", "optim", "run", "signals", "tokenizer"],
     ["model"],
     ["data", "distributed", "lora"],
-    ["objectives", "checkpoint", "hf", "generate", "plan"],
+    ["objectives", "checkpoint", "doctor", "hf", "generate", "plan"],
     ["load", "eval"],
     ["recipe", "trainer"],
     ["cli"],
