@@ -3,7 +3,6 @@
 Shapes: B batch, T queries and keys, H heads, d head_dim.
 """
 
-import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,9 +14,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minillm.distributed.context import best_precision, find_device, matmul_flops, synchronize
+from minillm.model.kernels import has_flex, has_varlen
 
 SIZES = {"cpu": (256, 1024), "accelerator": (1024, 4096, 8192)}
 COPIED = {"cpu": 2**26, "accelerator": 2**30}  # bytes of a copy: more than caches hold
+HEAD_DIM = 64  # of the attention that is tried
 LEAST = 3  # products that `matmul_flops` takes at the least
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -162,9 +163,13 @@ def usable(path: Callable[[torch.device], None], device: torch.device) -> dict[s
 
 
 def heads(device: torch.device) -> tuple[torch.Tensor, ...]:
-    """q, k, v (B, H, T, d) in the precision that the device trains in, wanting gradients."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return tuple(torch.randn(1, 2, 128, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    """q, k, v (B, H, T, d) that want gradients."""
+    options = {"device": device, "dtype": training_dtype(device), "requires_grad": True}
+    return tuple(torch.randn(1, 2, 128, HEAD_DIM, **options) for _ in range(3))
+
+
+def training_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def try_plain(device: torch.device) -> None:
@@ -180,18 +185,10 @@ def try_sdpa(device: torch.device, kernel: SDPBackend) -> None:
 
 
 def try_flex(device: torch.device) -> None:
-    if device.type == "cpu":
-        raise RuntimeError("FlexAttention has no backward on a CPU")
-    import torch.nn.attention.flex_attention  # noqa: F401
-    import triton  # noqa: F401 (it makes the kernels; to have one made here would take many seconds)
+    if not has_flex(device, HEAD_DIM):
+        raise RuntimeError("needs an accelerator and triton, which compiles it")
 
 
 def try_varlen(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise RuntimeError("varlen attention is for CUDA alone")
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in heads(device))  # (T, H, d): documents end to end, without padding
-    ends = torch.tensor([0, 48, 128], device=device, dtype=torch.int32)
-    causal = {"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters else {}
-    varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), ends, ends, 80, 80, **causal).sum().backward()
+    if not has_varlen(device, training_dtype(device), HEAD_DIM, grouped=False, causal=True, windowed=False):
+        raise RuntimeError("torch's varlen_attn does not run here")

@@ -173,13 +173,15 @@ def advise_threads(found: dict) -> Iterator[str]:
     if usable and threads and threads != usable:
         yield f"OMP_NUM_THREADS={usable} to train on the CPU: torch uses {threads}, and {usable} cores are usable"
     if usable:
-        yield f"data.workers {usable}, which is what none means here: one process that tokenises a core"
+        yield f"data.workers {usable}, which is what none means here: one process a core"
 
 
 def advise_compile(found: dict) -> Iterator[str]:
     values, on_gpu = value(found, "compile") or {}, bool(value(found, "torch", "accelerator"))
     if values.get("gpu" if on_gpu else "cpu"):
         yield "train.compile true for a run of hours: it costs minutes at the start"
+        return
+    if "compiler" not in values:  # the probe failed
         return
     needed = {
         "a C++ compiler (apt install g++)": values.get("compiler"),
