@@ -200,6 +200,18 @@ def test_added_white_space_is_text(made):
     assert ours.token_bytes(theirs.token_to_id("      ")) == b"      "
 
 
+def test_runs_of_the_mark_of_a_space_are_text_too(made):
+    """As in Gemma, where they are in the model's vocabulary and among the added tokens."""
+    definition = json.loads(made["byte_fallback"])
+    model, id = definition["model"], len(definition["model"]["vocab"])
+    model["vocab"]["▁▁"] = id
+    model["merges"].insert(0, ["▁", "▁"])
+    definition["added_tokens"].append(definition["added_tokens"][0] | {"id": id, "content": "▁▁", "special": False})
+    ours = HFTokenizer(json.dumps(definition))
+    assert id in ours.encode("a   b")
+    assert ours.token_bytes(id) == b"  "
+
+
 def test_what_has_a_meaning_but_is_not_marked_special_is_read_but_never_written(made):
     """<think>: no text spells it, and a model that says it is heard."""
     ours = HFTokenizer(made["byte_level"])

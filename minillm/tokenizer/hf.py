@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from minillm.files import read_json
-from minillm.tokenizer.kinds import TableTokenizer, listed, place, refuse_surrogates
+from minillm.tokenizer.kinds import SPACE_MARK, TableTokenizer, listed, place, refuse_surrogates
 
 # The names that published tokenizers use, most certain first; asked where tokenizer_config.json does not say.
 WELL_KNOWN = {
@@ -47,7 +47,7 @@ class HFTokenizer(TableTokenizer):
         unknown = unknown_token(definition["model"])
         # A run of white space is text in every sense. Anything else that was added has a meaning, even where it is
         # marked as not special, as <think> and <tool_call> are.
-        spaces = {name for name, token in added.items() if name.isspace() and not token["special"]}
+        spaces = {name for name, token in added.items() if is_space(name) and not token["special"]}
         control = (set(added) | marks) - spaces - ({unknown} - marks)
         named = {name: vocabulary[name] for name in control | ({unknown} & set(vocabulary))}
         silent = {id for name, id in named.items() if name not in added or added[name]["special"]}
@@ -142,6 +142,11 @@ def marked(name: str, config: dict, vocabulary: set[str]) -> str | None:
         token = config[name]
         return token["content"] if isinstance(token, dict) else token
     return next((token for token in WELL_KNOWN[name] if token in vocabulary), None)
+
+
+def is_space(token: str) -> bool:
+    """Whether a token is white space, perhaps written with the mark that stands for a space."""
+    return token.replace(SPACE_MARK, " ").isspace()
 
 
 def unknown_token(model: dict) -> str | None:
