@@ -407,6 +407,17 @@ def test_a_prompt_lies_inside_one_document():
     assert prompts == [[1, 5], [1, 6, 7, 8, 9], [6, 7, 8, 9], [8, 9]]
 
 
+def test_a_prompt_begins_as_its_document_where_one_token_begins_and_ends_it():
+    class Store:
+        n_documents, n_tokens = 2, 8
+        document_offsets = (0, 4)
+
+        def tokens(self, start, stop):
+            return np.array([2, 5, 6, 2, 2, 7, 8, 2])[start:stop]
+
+    assert beginnings(Store(), 2, length=8, eos_id=2) == [[2, 5, 6], [2, 7, 8]]
+
+
 def test_a_run_uses_the_tokens_that_prepare_left(workplace, capsys):
     (workplace / "large.txt").write_text("a line of a text that is larger than some\n" * 80_000)  # 3.4 MB
     text = ["--data.path", "large.txt", "--data.document", "line", "--tokenizer.kind", "byte"]

@@ -16,11 +16,15 @@ def prompts_of(sources: list[Source], count: int, length: int, eos_id: int) -> l
 
 def beginnings(store: TokenStore, count: int, length: int, eos_id: int) -> list[list[int]]:
     """Token prompts from evenly spaced places: the starts of documents, or anywhere in a text of few."""
-    if store.n_documents >= count:
+    many = store.n_documents >= count
+    if many:
         starts = [int(store.document_offsets[i * store.n_documents // count]) for i in range(count)]
     else:
         starts = [i * store.n_tokens // count for i in range(count)]
     found = [store.tokens(start, min(start + length, store.n_tokens)).tolist() for start in starts]
-    after_eos = [prompt[prompt[0] == eos_id :] for prompt in found]  # in the middle of a text any token may come first
-    inside_one = [prompt[: prompt.index(eos_id)] if eos_id in prompt else prompt for prompt in after_eos]
-    return [prompt for prompt in inside_one if prompt]
+    if (
+        not many
+    ):  # in the middle of a text an end may come first; at its start only what begins it, which may be the same
+        found = [prompt[prompt[0] == eos_id :] for prompt in found]
+    ends = [next((i for i, token in enumerate(prompt) if i and token == eos_id), len(prompt)) for prompt in found]
+    return [prompt[:end] for prompt, end in zip(found, ends) if prompt]
