@@ -253,7 +253,6 @@ def test_a_source_smaller_than_a_row_is_named():
 
 def test_a_source_that_is_read_too_often_is_named(caplog):
     caplog.set_level(logging.INFO, "minillm")
-    logging.getLogger("minillm").propagate = True
     sources = mixed((2048, 2048), (700, 70_000))
     one = loader(sources)
     say_use(sources, one.rows, samples=1000)
