@@ -26,13 +26,14 @@ from minillm.data.corpus import corpus_bytes, identity, open_corpus
 from minillm.data.loader import Loader, eval_batches
 from minillm.data.mixture import Source, held_out, say_use
 from minillm.data.prompts import prompts_of
-from minillm.distributed.context import Context, connect, peak_flops
+from minillm.distributed.context import Context, connect, free_memory, peak_flops
 from minillm.distributed.parallelize import parallelize
 from minillm.eval.perplexity import evaluate, mixture, token_byte_lengths
 from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
 from minillm.load import load_weights
-from minillm.log import LOGGER, LogConfig, Tracker, curve, make_trackers, read_metrics, run_command
+from minillm.log import LOGGER, LogConfig, Tracker, curve, make_trackers, memory_explained, read_metrics, run_command
+from minillm.memory import Setting, memory_advice
 from minillm.model.config import ModelSection
 from minillm.model.init import init_weights
 from minillm.model.transformer import Transformer
@@ -213,11 +214,21 @@ def make_trainer(
         data = dataclasses.replace(data, val=sources[0].prepared.info["settings"]["val"])
     config = dataclasses.replace(config, model=section, data=data, train=train, optim=optim, log=log)
 
-    with torch.device("meta"):
-        model = Transformer(model_config)
-    model.to_empty(device=device)
-    init_weights(model, config.run.seed)
-    optimizer = build_optimizer(model, optim)
+    setting = Setting(
+        rows=loader.micro_batch_size,
+        seq_len=data.seq_len,
+        precision=train.precision,
+        activation_checkpointing=train.activation_checkpointing,
+        accumulates=loader.forwards > 1,
+        device_type=device.type,
+    )
+    advice = partial(memory_advice, model_config, optim, setting, free_memory(device))
+    with memory_explained(advice):
+        with torch.device("meta"):
+            model = Transformer(model_config)
+        model.to_empty(device=device)
+        init_weights(model, config.run.seed)
+        optimizer = build_optimizer(model, optim)
     parallelize(model, train.activation_checkpointing, train.compile)
     LOGGER.info(
         "%s parameters (%s in matrix products), vocabulary %s, %s tokens to train on, %d steps of %s tokens, %s on %s",
@@ -259,6 +270,7 @@ def make_trainer(
         trackers=trackers,
         norms_every=log.norms_every,
         documents=partial(texts_of_step, loader),
+        memory_advice=advice,
     )
     return trainer, config
 

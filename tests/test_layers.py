@@ -10,7 +10,7 @@ LAYERS = [
     ["model"],
     ["data", "distributed", "lora"],
     ["objectives", "checkpoint", "doctor", "hf", "generate", "plan"],
-    ["load", "eval"],
+    ["load", "eval", "memory"],
     ["recipe", "trainer"],
     ["cli"],
 ]

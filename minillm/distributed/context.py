@@ -8,8 +8,9 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -110,3 +111,23 @@ def peak_memory(device: torch.device) -> int:
         return torch.accelerator.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take: of the device where it tells, else of the machine; None where unknown."""
+    if device.type != "cpu":
+        ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+        return ask(device)[0] if ask else None
+    found = []
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    with suppress(OSError, ValueError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        if limit != resource.RLIM_INFINITY:  # ulimit -v
+            found.append(limit - pages * resource.getpagesize())
+    with suppress(OSError, ValueError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    with suppress(OSError, ValueError):  # a container's share; "max", which is no number, where it has none
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, min(found)) if found else None

@@ -1,0 +1,178 @@
+"""The memory of training by estimate is that which is measured, and what is advised where it is wanting does run."""
+
+import os
+import re
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minillm.data.batch import Batch
+from minillm.distributed.context import free_memory
+from minillm.distributed.parallelize import parallelize
+from minillm.memory import Setting, alternatives, estimate, memory_advice, usable
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
+from minillm.objectives import NextToken
+from minillm.optim import OptimConfig, build_optimizer, optimizer_tensors
+
+ROOT = Path(__file__).parent.parent
+SHAPE = {"vocab_size": 1000, "dim": 64, "n_layers": 4, "n_heads": 4, "ffn_dim": 172, "max_seq_len": 512}
+GPT2 = {"norm": "layernorm", "mlp": "gelu", "position": "learned", "ffn_dim": 256}
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors alive: those given, and those that any operation makes."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.sizes, self.live, self.peak = {}, 0, 0
+        for tensor in given:
+            self.add(tensor)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.add(leaf)
+        return result
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.drop, storage._cdata)
+
+    def drop(self, key):
+        self.live -= self.sizes.pop(key)
+
+
+def measured_peak(config, optim, setting):
+    """Bytes at the peak of a real step, on the CPU."""
+    model = Transformer(config)
+    optimizer = build_optimizer(model, optim)
+    parallelize(model, setting.activation_checkpointing)
+    moments = optimizer_tensors(optimizer, dict(model.named_parameters())).values()
+    objective, live = NextToken(config.vocab_size), Live([*model.parameters(), *moments])
+    with live:
+        for _ in range(2 if setting.accumulates else 1):
+            tokens = torch.randint(0, config.vocab_size, (setting.rows, setting.seq_len))
+            with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
+                loss, _ = objective(model, Batch(tokens, tokens.clone()))
+            loss.backward()
+            del loss
+        optimizer.step()
+    return live.peak
+
+
+@pytest.mark.parametrize(
+    ("shape", "setting"),
+    [
+        ({}, {}),
+        ({}, {"seq_len": 512}),
+        ({"n_kv_heads": 2}, {}),
+        ({"qk_norm": True}, {}),
+        (GPT2, {}),
+        ({"mlp": "geglu"}, {}),
+        ({"mlp": "relu2"}, {}),
+        ({"dropout": 0.1}, {}),
+        ({"tie_embeddings": False, "vocab_size": 8000}, {}),
+        ({"vocab_size": 8000}, {"accumulates": True}),
+        ({"dim": 256, "ffn_dim": 688}, {"rows": 1, "seq_len": 16}),
+        ({}, {"activation_checkpointing": "selective"}),
+        ({"n_layers": 12}, {"activation_checkpointing": "full"}),
+        ({}, {"precision": "bf16"}),
+        (GPT2, {"precision": "bf16"}),
+        ({}, {"precision": "bf16", "activation_checkpointing": "selective"}),
+        ({}, {"precision": "bf16", "activation_checkpointing": "full"}),
+    ],
+)
+def test_the_estimate_is_within_a_tenth_of_what_is_measured(shape, setting):
+    config = ModelConfig(**{**SHAPE, **shape})
+    setting, optim = Setting(**{"rows": 2, "seq_len": 256, **setting}), OptimConfig(lr=1e-3)
+    assert estimate(config, optim, setting).peak == pytest.approx(measured_peak(config, optim, setting), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_moments_are_those_of_the_optimizer(name):
+    config, optim = ModelConfig(**SHAPE), OptimConfig(name=name, lr=1e-3)
+    model = Transformer(config)
+    tensors = optimizer_tensors(build_optimizer(model, optim), dict(model.named_parameters()))
+    bytes_held = sum(tensor.nbytes for tensor in tensors.values())
+    assert estimate(config, optim, Setting(rows=1, seq_len=8)).moments == bytes_held
+
+
+def test_the_advice_changes_the_least_that_fits():
+    config, optim, setting = ModelConfig(**SHAPE), OptimConfig(lr=1e-3), Setting(rows=16, seq_len=256)
+
+    def peak(rows, **changes):
+        return estimate(config, optim, Setting(rows=rows, seq_len=256, accumulates=True, **changes)).peak
+
+    def advised(room):
+        free = next(free for free in range(10**8, 10**9, 10**4) if usable(free, "cpu") >= room)
+        return memory_advice(config, optim, setting, free).partition("what would fit: ")[2].partition(" (")[0]
+
+    assert advised(peak(5) + 10**5) == "--train.micro_batch_size 5"
+    mode = advised(peak(1) - 10**5)
+    assert "--train.activation_checkpointing selective" in mode
+    rows = int(mode.split()[1])
+    selective = {"activation_checkpointing": "selective"}
+    assert peak(rows, **selective) < peak(1) < peak(rows + 1, **selective)
+    nothing = memory_advice(config, optim, setting, 10**8)
+    assert "no setting fits" in nothing
+    assert "model.dim" in nothing
+
+
+def test_what_failed_is_not_advised_again():
+    """Also where by estimate it should have fitted: other processes take memory, too."""
+    setting = Setting(rows=4, seq_len=256)
+    assert all(smaller != setting for _, smaller, _ in alternatives(setting, OptimConfig(name="muon")))
+    assert "--train.micro_batch_size 3 " in memory_advice(ModelConfig(**SHAPE), OptimConfig(), setting, 2**40)
+
+
+def test_free_memory_is_known_and_no_more_than_there_is():
+    free = free_memory(torch.device("cpu"))
+    if free is None:
+        pytest.skip("this system does not tell")
+    assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import train
+from minillm.log import run_command
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20,) * 2)
+sys.exit(run_command(train.main, sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc to set a limit")
+def test_a_run_that_lacks_memory_says_what_would_fit_and_that_does(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"the {i}th line of some text\n" for i in range(900)))
+    options = """--tokenizer.kind byte --data.path text.txt --data.seq_len 256 --data.packing false --data.val 0.1
+        --model.dim 64 --model.n_layers 12 --model.n_heads 4 --model.ffn_dim 176 --model.max_seq_len 256
+        --optim.name adamw --optim.lr 1e-3 --train.max_steps 1 --train.batch_tokens 16384 --train.micro_batch_size 64
+        --log.samples 0 --log.curves false --run.resume auto --run.dir run""".split()
+
+    def run(*more):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"}
+        command = [sys.executable, "-c", LIMITED, *options, *more]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    failed = run()
+    assert failed.returncode == 1, failed.stderr
+    (line,) = re.findall("^error: .*$", failed.stderr, re.M)
+    assert re.match(r"error: out of memory \(\d+ bytes more were needed\); by estimate training takes [\d.]+ GiB", line)
+    advised = re.search(r"what would fit: (.*) \(", line)[1]
+    assert re.fullmatch(r"--train\.micro_batch_size \d+", advised)
+    fits = run(*advised.split())
+    assert fits.returncode == 0, fits.stderr
