@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -702,3 +703,28 @@ def test_a_saved_folder_in_half_precision_can_be_started_from(source):
     assert all(p.dtype == torch.float32 and torch.equal(p, model.state_dict()[name].float()) for name, p in new.items())
     assert continued("--model.path", "bare", "--run.dir", "runs/bare") == 1
     assert continued("--model.path", "bare", "--run.dir", "runs/bare", "--tokenizer.path", "saved") == 0
+
+
+def test_a_spike_is_reported_with_the_lines_of_the_text_and_norms_come_on_request(workplace):
+    words = ["--train.spike_threshold", 0.001, "--train.max_steps", 40, "--log.norms_every", 20]
+    assert run(*words) == 0
+    spikes = read_metrics("runs/small/spikes.jsonl")
+    assert spikes
+    assert all(re.fullmatch(r"text\.txt:\d+ tokens \d+-\d+", text) for row in spikes for text in row["documents"])
+    assert len(spikes[0]["documents"]) >= 8  # a step reads 8 rows
+    norms = read_metrics("runs/small/norms.jsonl")
+    assert [row["step"] for row in norms] == [20, 40]
+    assert 0 < norms[0]["update_ratio/blocks.1.mlp.down_proj.weight"] < 1
+    assert json.loads(Path("runs/small/summary.json").read_text())["spikes"] == len(spikes)
+
+
+def test_a_tracker_whose_extra_is_missing_is_named_before_anything_is_written(workplace, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert "pip install 'minillm[track]'" in failure(capsys, "--log.tensorboard")
+    assert sorted(path.name for path in workplace.iterdir()) == ["small.toml", "text.txt"]
+
+
+def test_a_run_draws_its_curves(workplace):
+    pytest.importorskip("matplotlib", reason="extra plot")
+    assert run("--log.curves", "true") == 0
+    assert Path("runs/small/curves.png").stat().st_size > 10_000
