@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 
-from minillm.losses import default_chunk_tokens
+from minillm.losses.heads import default_chunk_tokens
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.optim import OptimConfig, build_optimizer, optimizer_tensors
