@@ -1,6 +1,6 @@
 """Prepare a generated corpus larger than memory need be: peak memory, two workers against one, a kill and a resume.
 
-    python benchmarks/large_corpus.py [--gb 2] [--folder DIR] [--rounds 1] [--keep_every 30]
+    python benchmarks/large_corpus.py [--gb 2] [--kind bpe] [--folder DIR] [--rounds 1] [--keep_every 30]
 
 Writes --gb GB of text into a folder (a temporary one, which goes away, unless it is named), in JSON lines plain and
 packed, parquet and csv: words with the frequencies of a language, every eighth document in Chinese characters, one in
@@ -61,6 +61,7 @@ print(f"{plan.n_rows:,} rows, {plan.fill(int(sys.argv[2])):.1%} full")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2)
+    parser.add_argument("--kind", choices=["bpe", "byte"], default="bpe", help="byte: quick, to look at memory alone")
     parser.add_argument("--folder", type=Path, help="where to work, and what to keep the corpus in")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--keep_every", type=float, default=30, help="seconds between what a killed run leaves")
@@ -74,7 +75,8 @@ def measure(folder: Path, temporary: Path, options: argparse.Namespace) -> None:
     if not corpus.exists():
         write_corpus(corpus, int(options.gb * 1e9))
     sample = sampled(documents([corpus / "a.jsonl"], DataConfig()), SAMPLE)
-    train_tokenizer(sample, TokenizerConfig(kind="bpe", vocab_size=VOCAB_SIZE)).save(tokenizer)
+    vocab_size = VOCAB_SIZE if options.kind == "bpe" else None
+    train_tokenizer(sample, TokenizerConfig(kind=options.kind, vocab_size=vocab_size)).save(tokenizer)
 
     def command(workers: int, cache: str) -> list[str]:
         options_of = {"path": corpus, "workers": workers, "cache_dir": temporary / cache}

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import minillm
+from minillm.data.config import DataConfig
 from minillm.data.stories import questions
+from minillm.data.text import documents, find_files
 from minillm.losses import IGNORE_INDEX
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -301,3 +303,44 @@ def test_duplicates_are_planted_at_the_similarity_that_is_counted():
     for found in (ours, theirs):
         assert np.isin(pairs[similarity > 0.9], found).all()
         assert not np.isin(pairs[similarity < 0.5], found).any()
+
+
+@pytest.fixture(scope="module")
+def large_corpus():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import large_corpus
+
+        yield large_corpus
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def test_the_generated_corpus_is_the_same_text_in_every_format(large_corpus, tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow (extra data) is not installed")
+    large_corpus.write_corpus(tmp_path / "corpus", 2_000_000)
+    files = find_files(tmp_path / "corpus")
+    assert [file.name for file in files] == list(large_corpus.SHARES)
+    found = [document.text for document in documents(files, DataConfig())]
+    expected = large_corpus.generated(seed=0)
+    assert found[:100] == [next(expected) for _ in range(100)]
+    assert 2_000_000 <= sum(len(text.encode()) for text in found) < 2_400_000
+    assert 0.05 < sum(not text.isascii() for text in found) / len(found) < 0.2
+
+
+ALLOCATE = """
+import subprocess, sys, time
+held = b"x" * int(sys.argv[1]) * 10**6
+if len(sys.argv) > 2:
+    subprocess.run([sys.executable, "-c", sys.argv[3], sys.argv[2]])
+time.sleep(0.5)
+"""
+
+
+def test_memory_is_that_of_all_processes(large_corpus):
+    found = large_corpus.run([sys.executable, "-c", ALLOCATE, "100", "200", ALLOCATE])
+    assert 300 < found.peak < 400
+    assert 100 < found.parent < 200
+    killed = large_corpus.run([sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"], kill_after=1)
+    assert killed.said == "1\n"
+    assert killed.seconds < 30
