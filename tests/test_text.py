@@ -469,6 +469,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
     assert peak < 13 * 2**20, f"{peak / 2**20:.1f} MiB"
 
 
+def test_a_long_row_does_not_make_the_blocks_after_it_large(tmp_path):
+    short, long = '{"text": "a short row"}\n', json.dumps({"text": "a long row " * 2**19}) + "\n"  # 5.5 MiB
+    path = write(tmp_path / "a.jsonl", (long + short * 200_000) * 3 + short * 10)
+    blocks = [block.raw for block in text_module.blocks(path, DataConfig())]
+    assert b"".join(blocks) == path.read_bytes()
+    assert [block.count(b"\n") for block in blocks if len(block) > 2**21] == [1, 1, 1]
+
+
 def test_memory_does_not_grow_with_the_row_group(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow (extra data) is not installed")
     dice = random.Random(0)

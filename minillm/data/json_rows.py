@@ -20,6 +20,8 @@ def jsonl_rows(text: str, file: str, first_line: int) -> tuple[list[int], list[o
     if "" in rows or any(map(str.isspace, rows)):
         lines = [line for line, row in zip(lines, rows) if row and not row.isspace()]
         rows = [row for row in rows if row and not row.isspace()]
+    if len(rows) == 1:  # perhaps a very long one, of which the list would be one copy more
+        return lines, [json_value(rows[0], f"{file}:{lines[0]}")]
     # One list is parsed twice as fast as its rows. The fences tell rows apart that would be whole only together.
     try:
         values = json.loads(f"[{f',{FENCE},'.join(rows)}]")

@@ -175,8 +175,10 @@ def raw_blocks(name: str, file: BinaryIO, packed: BinaryIO, document: str) -> It
     if buffer.startswith(b"\xef\xbb\xbf"):
         buffer, offset = buffer[3:], 3
     while buffer:
-        more = file.read(len(buffer) if document == "row" and len(buffer) > 2 * BLOCK else BLOCK)
-        stop = last_end(buffer, document) if more else len(buffer)
+        stop = last_end(buffer, document)
+        more = file.read(BLOCK if stop or document != "row" else len(buffer))
+        if not more and (not stop or len(buffer) <= 2 * BLOCK):
+            stop = len(buffer)
         ends = stop > 0
         if not ends and document == "row":
             if len(buffer) > MAX_ROW:
@@ -191,12 +193,15 @@ def raw_blocks(name: str, file: BinaryIO, packed: BinaryIO, document: str) -> It
 
 
 def last_end(buffer: bytes, document: str) -> int:
-    """The position after the last document that is complete in the buffer; 0 when none is."""
+    """The position after the last document that is complete in the buffer; 0 when none is.
+
+    Where the buffer has grown because of a long row it is that after this row.
+    """
     if document == "file":
         return 0
     if document == "blank":
         return max((match.end() for match in BLANK_LINES.finditer(buffer)), default=0)
-    return buffer.rfind(b"\n") + 1
+    return buffer.rfind(b"\n", 0, 2 * BLOCK) + 1 or buffer.find(b"\n") + 1  # parsing a row takes many times its memory
 
 
 def cut_point(raw: bytes) -> int:
