@@ -247,6 +247,14 @@ def test_text_that_cannot_be_read_leaves_nothing(corpus):
     assert sorted(path.name for path in Path().iterdir()) == ["in", "test.jsonl"]
 
 
+def test_what_a_killed_process_left_is_removed(corpus):
+    for leftover in (Path(".out.99999999.tmp"), Path("shards/.shard-1-of-2.99999999.tmp")):
+        (leftover / "shard").mkdir(parents=True)
+    clean(DataConfig(path="in"), CONFIG, "out")
+    clean_shard(DataConfig(path="in"), CONFIG, "shards", "1/2")
+    assert not [path for path in Path().rglob("*") if path.name.endswith(".tmp")]
+
+
 def test_nothing_left_is_a_report_and_no_rows(place):
     write_rows(Path("in.jsonl"), ["short", "too short"])
     report = clean(DataConfig(path="in.jsonl"), CleanConfig(), "out")

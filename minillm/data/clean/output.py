@@ -1,12 +1,16 @@
 """The files that cleaning writes: rows of JSONL in parts of a bounded size, and the rows that were dropped."""
 
+import glob
 import gzip
+import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
+
+from minillm.files import is_alive
 
 PART = 2**28  # bytes of a part, before it is packed
 RECORDS, SIGNATURES, DROPPED = "records.bin", "signatures.bin", "dropped.jsonl"
@@ -72,8 +76,12 @@ def bar(title: str, total: int, unit: str, progress: bool | None) -> tqdm:
 
 
 def free_directory(out: str | Path) -> Path:
-    """The path of a directory to write. Raises ValueError where something is there."""
+    """The path of a directory to write, what killed processes left of it removed. Raises ValueError if it is there."""
     out = Path(out)
+    for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        process = leftover.suffixes[-2][1:]
+        if process.isdigit() and not is_alive(int(process)):
+            shutil.rmtree(leftover, ignore_errors=True)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"out: {out} is {'not empty' if out.is_dir() else 'a file'}; choose another folder")
     return out

@@ -70,7 +70,7 @@ def clean_shard(
             raise ValueError(f"{directory}: made with other settings or of other files; choose another folder")
         logger.info("%s: there already", directory)
         return directory, made
-    with atomic_directory(directory) as temporary:
+    with atomic_directory(free_directory(directory)) as temporary:
         return directory, write_shard(data, config, part, temporary, progress)
 
 
