@@ -107,6 +107,7 @@ def test_what_is_written_can_be_read_again_and_reviewed(corpus):
     assert {row["source"] for row in dropped} | {row["source"] for row in rows_in("out")} == set(sources)
     assert load(Path("out"))[0] == report
     assert table(report) in Path("out/report.md").read_text()
+    assert table(report).endswith("\n\n1 test is too short to be looked for.")
 
 
 def test_secrets_do_not_survive(corpus):
@@ -255,11 +256,42 @@ def test_what_a_killed_process_left_is_removed(corpus):
     assert not [path for path in Path().rglob("*") if path.name.endswith(".tmp")]
 
 
-def test_nothing_left_is_a_report_and_no_rows(place):
+@pytest.mark.parametrize("out", ["in", "in/out", "in/deep/out"])
+def test_output_that_would_be_read_as_text_of_the_corpus_is_refused(corpus, out):
+    for make in (lambda: clean(DataConfig(path=["test.jsonl", "in/"]), CONFIG, out), lambda: share(out)):
+        with pytest.raises(ValueError, match=f"out: {out} lies in data.path in/?, and would be read with it"):
+            make()
+    assert sorted(path.name for path in Path("in").iterdir()) == ["a.jsonl", "b.jsonl"]
+
+
+def share(out):
+    return clean_shard(DataConfig(path="in"), CONFIG, out, "1/2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": "nowhere"}, "data.path: nowhere: no such file or folder"),
+        ({"path": "empty.txt"}, "data.path: no text in empty.txt: the corpus is empty"),
+        ({"against": "nowhere"}, "clean.against: nowhere: no such file or folder"),
+        ({"against": "empty.txt"}, "clean.against: no text in empty.txt, so nothing would be found"),
+        ({"against_field": None}, 'test.jsonl:1: field "text" is missing (found: question); set clean.against_field'),
+    ],
+)
+def test_files_without_text_are_named_with_their_field(corpus, settings, message):
+    Path("empty.txt").write_text("")
+    data = DataConfig(path=settings.pop("path", "in"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        clean(data, CleanConfig(**{**vars(CONFIG), **settings}), "out")
+    assert not Path("out").exists()
+
+
+def test_nothing_left_is_a_report_and_no_rows(place, caplog):
     write_rows(Path("in.jsonl"), ["short", "too short"])
     report = clean(DataConfig(path="in.jsonl"), CleanConfig(), "out")
     assert (report.kept, report.dropped["min_words"].documents) == (0, 2)
     assert {path.name for path in Path("out").iterdir()} == {"report.json", "report.md"}
+    assert "no document is left" in caplog.text
 
 
 def test_signatures_take_the_space_that_is_said(corpus):

@@ -186,6 +186,15 @@ def test_a_line_is_removed_by_the_first_rule_that_it_fails(line, rule):
         ({"scripts": ["Lattin"]}, "did you mean Latin?"),
         ({"rules": ["gopher"], "scripts": ["Latin"]}, "scripts: their rule is not in use; add min_script_share"),
         ({"privacy": ["mail"]}, "did you mean email?"),
+        ({"rules": ["c4"], "stop_words": ["le", "la"]}, "stop_words: their rule is not in use; add min_stop_words"),
+        ({"stop_words": ["le", "La"]}, "stop_words: 'La' is not in lower case, so it would never be found"),
+        ({"rules": ["c4"], "line_phrases": ["Menu"]}, "line_phrases: 'Menu' is not in lower case"),
+        ({"stop_words": ["le"]}, "min_stop_words: is 2, and clean.stop_words has 1; no text would be kept"),
+        ({"min_words": 9, "max_words": 8}, "min_words: is 9 and max_words 8; no text would be kept"),
+        ({"min_word_length": 11}, "min_word_length: is 11 and max_word_length 10; no text would be kept"),
+        ({"against_field": "question"}, "against_field: is for test files; name them in clean.against"),
+        ({"against_share": 0.5}, "against_share: is for test files; name them in clean.against"),
+        ({"privacy": [], "placeholder": "X"}, "placeholder: nothing is replaced where clean.privacy is []"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings, message):

@@ -94,7 +94,11 @@ def test_check_digits():
 
 
 @pytest.mark.parametrize(
-    "piece", ["1", "1 ", "a", "a.", "a@", "+1 ", "AB12 ", "1-", "a:", "1.", "(", "-----BEGIN ", "eyJ", "sk-"]
+    "piece",
+    [
+        *("1", "1 ", "a", "a.", "a@", "+1 ", "AB12 ", "1-", "a:", "1.", "(", "eyJ", "sk-"),
+        *("-----BEGIN ", "-----BEGIN PRIVATE KEY-----\n"),
+    ],
 )
 def test_no_text_takes_long(piece):
     """No pattern backtracks without bound: with one that does, this would not end."""

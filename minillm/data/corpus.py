@@ -11,7 +11,7 @@ from minillm.data.mixture import PLACES, Source, shares, whole_places
 from minillm.data.shards import corpus_files, prepare, size_of_text
 from minillm.data.store import Prepared, is_prepared, open_prepared
 from minillm.data.stories import write_stories
-from minillm.data.text import documents, find_files
+from minillm.data.text import documents, named_files
 from minillm.files import atomic_directory, locked
 from minillm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
@@ -42,7 +42,7 @@ def corpus_bytes(config: DataConfig) -> int:
         return sum(map(corpus_bytes, config.by_source().values()))
     if folder := prepared_folder(config):
         return sum(split["n_bytes"] for split in open_prepared(folder).info["splits"].values())
-    return size_of_text(find_files(config.path))
+    return size_of_text(named_files("data.path", config.path))
 
 
 def open_tokenizer(data: DataConfig, config: TokenizerConfig) -> Tokenizer:
@@ -60,7 +60,7 @@ def open_tokenizer(data: DataConfig, config: TokenizerConfig) -> Tokenizer:
     folder = Path(data.cache_dir).expanduser() / f"tokenizer-{key}"
     with locked(folder.with_name(f"{folder.name}.lock"), wait=True):
         if not folder.exists():
-            texts = (document.text for document in documents(find_files(data.path), data))
+            texts = (document.text for document in documents(named_files("data.path", data.path), data))
             tokenizer = train_tokenizer(texts, config)
             with atomic_directory(folder) as temporary:
                 tokenizer.save(temporary)

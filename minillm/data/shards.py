@@ -13,7 +13,7 @@ from minillm.data.config import DataConfig, val_fraction
 from minillm.data.partial import name_leftovers, partial_folder, partial_work
 from minillm.data.store import FORMAT, Prepared, TokenStore, is_prepared, json_hash, open_prepared
 from minillm.data.store import verify as verify_tokens
-from minillm.data.text import find_files
+from minillm.data.text import named_files
 from minillm.data.tokenise import Reading, counted, tokenise
 from minillm.data.workers import Workers
 from minillm.data.writing import StaleError
@@ -50,7 +50,7 @@ def prepare(
             "tokenizer_config.json beside it"
         )
     if config.val_split().kind == "auto":
-        config = dataclasses.replace(config, val=f"{val_fraction(size_of_text(find_files(paths)))}")
+        config = dataclasses.replace(config, val=f"{val_fraction(size_of_text(named_files('data.path', paths)))}")
     identity = identify(config, tokenizer, shard_tokens)
     stem = re.sub(r"[^\w.-]+", "-", Path(identity["files"][0]["path"]).name).strip("-.") or "text"
     directory = Path(config.cache_dir).expanduser() / f"{stem}-{identity['fingerprint'][:16]}"
@@ -93,21 +93,14 @@ def corpus_files(config: DataConfig) -> list[dict]:
     if not config.path:
         raise ValueError("data.path: no path given; name files, folders or globs of text")
     split = config.val_split()
-    paths = [(path, "train") for path in named("data.path", config.path)]
+    paths = [(path, "train") for path in named_files("data.path", config.path)]
     if split.kind == "path":
-        held_out = named("data.val", split.path, "; a fraction, 'hash F', a path or 0 is expected")
+        held_out = named_files("data.val", split.path, "; a fraction, 'hash F', a path or 0 is expected")
         same = {path.resolve() for path in held_out}
         paths = [(path, split) for path, split in paths if path.resolve() not in same]
         paths += [(path, "val") for path in held_out]
     total = sum(path.stat().st_size for path, _ in paths)
     return [{"path": str(path), "split": split} | state(path, total <= HASHED_CORPUS) for path, split in paths]
-
-
-def named(field: str, path: str | list[str], hint: str = "") -> list[Path]:
-    try:
-        return find_files(path)
-    except ValueError as error:
-        raise ValueError(f"{field}: {error}{hint}") from None
 
 
 def state(path: Path, hashed: bool) -> dict:

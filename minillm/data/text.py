@@ -108,6 +108,14 @@ def find_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
     return list(found)
 
 
+def named_files(field: str, path: str | Sequence[str], hint: str = "") -> list[Path]:
+    """`find_files` of what a field of the configuration names, which is named where nothing is found."""
+    try:
+        return find_files(path)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}{hint}") from None
+
+
 def files_of(path: str) -> list[Path]:
     place = Path(path).expanduser()
     if place.is_dir():

@@ -56,7 +56,7 @@ FAMILIES = {
 ALL_RULES = set().union(*FAMILIES.values())
 RULE_NAMES = {*FAMILIES, *ALL_RULES}
 STOP_WORDS = ["the", "be", "to", "of", "and", "that", "have", "with"]
-# Phrases of notices rather than of text: the paper's javascript and lorem ipsum's neighbours in its published code.
+# Phrases of notices rather than of text: javascript from the paper, the policies from its published code.
 NOTICES = [
     "javascript",
     "terms of use",
@@ -67,6 +67,7 @@ NOTICES = [
     "use cookies",
 ]
 KINDS = ("email", "phone", "identity", "card", "iban", "key", "ip")
+PLACEHOLDER = "<{kind}>"
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class CleanConfig:
     privacy: Annotated[list[str], f"what is replaced: {', '.join(KINDS)}; []: nothing"] = field(
         default_factory=lambda: [kind for kind in KINDS if kind != "ip"]
     )
-    placeholder: Annotated[str, "what stands in its place; {kind} is the kind in capitals"] = "<{kind}>"
+    placeholder: Annotated[str, "what stands in its place; {kind} is the kind in capitals"] = PLACEHOLDER
     # contamination and duplicates
     against: Annotated[str | list[str] | None, "test files: documents that hold a part of them are dropped"] = None
     against_field: Annotated[str | None, "field of a JSON row of the test files; none: as data.text_field"] = None
@@ -153,10 +154,25 @@ class CleanConfig:
                 problems.append(
                     f"{option.name}: its rule is not in use; add {option.name} or its family, {family}, to clean.rules"
                 )
-        if self.scripts and "min_script_share" not in chosen:
+        for words, rule, family in (("scripts", "min_script_share", "basic"), ("stop_words", "min_stop_words", "gopher")):
+            if rule not in chosen and getattr(self, words) not in ([], STOP_WORDS):
+                problems.append(f"{words}: their rule is not in use; add {rule} or its family, {family}, to clean.rules")
+        for name in ("stop_words", "line_phrases"):
+            capital = [word for word in getattr(self, name) if word != word.lower()]
+            problems += [f"{name}: {word!r} is not in lower case, so it would never be found" for word in capital[:1]]
+        if "min_stop_words" in chosen and (self.min_stop_words or 0) > (given := len(set(self.stop_words))):
             problems.append(
-                "scripts: their rule is not in use; add min_script_share or its family, basic, to clean.rules"
+                f"min_stop_words: is {self.min_stop_words}, and clean.stop_words has {given}; no text would be kept"
             )
+        for low, high in (("min_words", "max_words"), ("min_word_length", "max_word_length")):
+            least, most = getattr(self, low), getattr(self, high)
+            if {low, high} <= chosen and None not in (least, most) and least > most:
+                problems.append(f"{low}: is {least:g} and {high} {most:g}; no text would be kept")
+        if self.against is None:
+            names = [name for name in ("against_field", "against_share") if getattr(self, name)]
+            problems += [f"{name}: is for test files; name them in clean.against" for name in names]
+        if not self.privacy and self.placeholder != PLACEHOLDER:
+            problems.append("placeholder: nothing is replaced where clean.privacy is []")
         if problems:
             raise ValueError("\n".join(sorted(problems)))
 

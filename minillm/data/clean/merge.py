@@ -6,6 +6,7 @@ document of a group of duplicates is kept, in the order of the corpus, so that t
 
 import gzip
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from minillm.data.clean.minhash import N_PERM, choose_bands
 from minillm.data.clean.output import DROPPED, RECORDS, SIGNATURES, DroppedRows, Parts, bar
 from minillm.data.clean.report import Report
 from minillm.data.clean.sift import RECORD
+
+logger = logging.getLogger("minillm")
 
 SHARD_NAME = re.compile(r"shard-(\d+)-of-(\d+)")
 
@@ -47,13 +50,19 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def merge_shards(shards: Sequence[Path], directory: Path, progress: bool | None) -> Report:
-    """Write the rows of shards into a directory, in order, but for duplicates of rows before."""
+    """Write the rows of shards into a directory, in order, but for duplicates of rows before.
+
+    Raises ValueError where no document was read.
+    """
     settings = reports.load(shards[0])[1]
     total = Report()
     for shard in shards:
         total.add(reports.load(shard)[0])
     records = np.concatenate([np.fromfile(shard / RECORDS, RECORD) for shard in shards])
     files = [path for path, _ in settings["files"]]
+    if not total.documents:
+        more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+        raise ValueError(f"data.path: no text in {', '.join(files[:5])}{more}: the corpus is empty")
     rules = duplicates(shards, records["hash"], settings["settings"], directory)
 
     def source(number: int) -> str:
@@ -78,6 +87,8 @@ def merge_shards(shards: Sequence[Path], directory: Path, progress: bool | None)
                 total.drop_kept(rule, int(record["read"]), int(record["written"]), source(number), first)
                 dropped.write([with_rule(row, rule, first)] if keep_dropped else [])
             shown.update()
+    if not total.kept:
+        logger.warning("no document is left; the report says which rule dropped how many")
     reports.save(total, directory, {**settings, "share": [1, 1]})
     return total
 

@@ -27,7 +27,7 @@ from minillm.data.clean.output import RECORDS, SIGNATURES, DroppedRows, Parts, b
 from minillm.data.clean.report import Report
 from minillm.data.clean.sift import groups, sift, whole_texts
 from minillm.data.config import DataConfig
-from minillm.data.text import Block, blocks, find_files
+from minillm.data.text import Block, blocks, named_files
 from minillm.data.workers import Workers
 from minillm.files import atomic_directory
 
@@ -48,6 +48,7 @@ def clean(data: DataConfig, config: CleanConfig, out: str | Path, *, progress: b
 
     `progress` None shows a bar where there is a terminal.
     """
+    refuse_inside(out, data)
     out = free_directory(out)
     with atomic_directory(out) as temporary:
         shard = temporary / "shard"
@@ -63,6 +64,7 @@ def clean_shard(
 ) -> tuple[Path, Report]:
     """Clean share `i/n` of the text into out/shard-i-of-n, duplicates left in; one that is there is not made again."""
     part = parse_share(share)
+    refuse_inside(out, data)
     directory = Path(out) / f"shard-{part.number}-of-{part.count}"
     if directory.exists():
         made, settings = reports.load(directory)
@@ -145,15 +147,30 @@ def identity(data: DataConfig, config: CleanConfig, share: Share) -> dict[str, A
     """What a shard is made of: settings and files."""
     if data.path is None:
         raise ValueError("data.path: name the text to be cleaned")
-    files = [[str(path), os.path.getsize(path)] for path in find_files(data.path)]
+    files = [[str(path), os.path.getsize(path)] for path in named_files("data.path", data.path)]
     settings = {**to_dict(config), "document": data.document, "text_field": data.text_field}
     return {"share": [share.number, share.count], "settings": settings, "files": files}
 
 
 def test_index(data: DataConfig, config: CleanConfig) -> NgramIndex:
-    """The n-grams of the test files, which are read as the text is."""
+    """The n-grams of the test files, which are read as the text is. Raises ValueError where they have no text."""
     data = dataclasses.replace(data, text_field=config.against_field or data.text_field)
-    return index_tests(whole_texts(find_files(config.against), data))
+    try:
+        tests = index_tests(whole_texts(named_files("clean.against", config.against), data))
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.text_field", "clean.against_field")) from None
+    if not tests.places:
+        raise ValueError(f"clean.against: no text in {config.against}, so nothing would be found")
+    return tests
+
+
+def refuse_inside(out: str | Path, data: DataConfig) -> None:
+    """Raises ValueError where the output would be text of the same corpus when that is read the next time."""
+    entries = [data.path] if isinstance(data.path, str) else data.path or []
+    for entry in entries:
+        folder = Path(entry).expanduser()
+        if folder.is_dir() and Path(out).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"out: {out} lies in data.path {entry}, and would be read with it; choose a folder beside")
 
 
 def parse_share(text: str) -> Share:

@@ -102,7 +102,8 @@ def table(report: Report) -> str:
         edit_cells = [("edits", "documents", "times"), *((name, f"{n:,}", f"{k:,}") for name, (n, k) in edits)]
         lines += ["", *laid_out(edit_cells, "<>>")]
     if report.skipped_tests:
-        lines += ["", f"{report.skipped_tests:,} tests are too short to be looked for."]
+        tests = "1 test is" if report.skipped_tests == 1 else f"{report.skipped_tests:,} tests are"
+        lines += ["", f"{tests} too short to be looked for."]
     return "\n".join(lines)
 
 
