@@ -14,13 +14,13 @@ from minillm.config import ConfigError, Layer, arguments, build, file_layer, hel
 from minillm.data.clean.config import CleanConfig
 from minillm.data.clean.pipeline import clean, clean_shard, merge
 from minillm.data.clean.report import table
-from minillm.data.config import DataConfig
+from minillm.data.config import DataConfig, SharedTextConfig, StoriesOrTextConfig
 from minillm.data.corpus import identity, open_corpus, open_sources, with_path
 from minillm.data.inspect import inspect_lines
 from minillm.data.loader import Loader
 from minillm.data.shards import describe as describe_prepared
 from minillm.data.store import open_prepared
-from minillm.data.text import documents, find_files
+from minillm.data.text import documents, named_files
 from minillm.distributed.context import find_device
 from minillm.doctor import advice, examine
 from minillm.doctor import report as doctor_report
@@ -47,7 +47,7 @@ class TokenizerTrain:
     """Options of `tokenizer train`."""
 
     out: Annotated[str, "folder to write"]
-    data: DataConfig = field(default_factory=DataConfig)
+    data: StoriesOrTextConfig = field(default_factory=StoriesOrTextConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
 
@@ -64,7 +64,7 @@ class TokenizerEval:
 
     path: Annotated[str, "tokenizer folder or run"]
     against: Annotated[str | None, "another tokenizer to set beside it"] = None
-    data: DataConfig = field(default_factory=DataConfig)
+    data: StoriesOrTextConfig = field(default_factory=StoriesOrTextConfig)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class DataClean:
         None
     )
     merge: Annotated[str | None, "folder of all shards: write them to OUT without duplicates among them"] = None
-    data: DataConfig = field(default_factory=DataConfig)
+    data: SharedTextConfig = field(default_factory=SharedTextConfig)
     clean: CleanConfig = field(default_factory=CleanConfig)
 
 
@@ -130,7 +130,7 @@ def tokenizer_train(options: TokenizerTrain) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"out: {out} is {'not empty' if out.is_dir() else 'a file'}; choose another folder")
     data = with_path(options.data)
-    texts = (document.text for document in documents(find_files(data.path), data))
+    texts = (document.text for document in documents(named_files("data.path", data.path), data))
     tokenizer = train_tokenizer(texts, options.tokenizer)
     tokenizer.save(out)
     print(f"{options.out}\n{describe(tokenizer)}")
@@ -145,8 +145,11 @@ def tokenizer_eval(options: TokenizerEval) -> None:
     """Measure how well a tokenizer packs text, and whether the text comes back."""
     tokenizers = [load_tokenizer(path) for path in (options.path, options.against) if path is not None]
     data = with_path(options.data)
-    texts = (Text(document.text, document.file, document.line) for document in documents(find_files(data.path), data))
-    print(report(measure(tokenizers, texts)))
+    found = documents(named_files("data.path", data.path), data)
+    measures = measure(tokenizers, (Text(document.text, document.file, document.line) for document in found))
+    if not measures[0].total.texts:
+        raise ValueError(f"data.path: no text in {data.path}, so there is nothing to measure")
+    print(report(measures))
 
 
 def data_prepare(options: DataPrepare) -> None:
@@ -162,7 +165,7 @@ def data_clean(options: DataClean) -> None:
     """Write what of a text is fit to be trained on, and a report of the rest."""
     out: str | Path = options.out
     if options.merge is not None:
-        if options.shard is not None or (options.data, options.clean) != (DataConfig(), CleanConfig()):
+        if options.shard is not None or (options.data, options.clean) != (SharedTextConfig(), CleanConfig()):
             raise ValueError("merge: what is merged and how is said by the shards; give no more than --merge and OUT")
         report = merge(options.merge, out)
     elif options.shard is not None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -121,6 +122,28 @@ def test_a_long_text_is_measured_exactly(workplace, capsys):
     capsys.readouterr()
     assert minillm("tokenizer", "eval", "tok", "--data.path", "long.txt") == 0
     assert f"{len(text):,} bytes, {len(text):,} characters, {len(text):,} tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("verb", "taken", "refused"),
+    [
+        ("data clean", {"path", "document", "text_field", "workers"}, "data.weights"),
+        ("tokenizer eval", {"path", "document", "text_field", "cache_dir"}, "data.val"),
+        ("tokenizer train", {"path", "document", "text_field", "cache_dir"}, "data.seq_len"),
+    ],
+)
+def test_a_verb_takes_only_the_fields_of_data_that_it_uses(capsys, verb, taken, refused):
+    assert minillm(*verb.split(), "--help") == 0
+    assert set(re.findall(r"--data\.(\w+)", capsys.readouterr().out.partition("\n")[2])) == taken
+    message = failure(capsys, *verb.split(), "out", "--data.path", "rows.jsonl", f"--{refused}", "1")
+    assert f"command line: {refused} is not a field" in message
+
+
+def test_no_text_is_nothing_to_measure(workplace, capsys):
+    (workplace / "empty.txt").write_text("")
+    assert minillm("tokenizer", "train", "tok", "--data.path", "rows.jsonl", "--tokenizer.kind", "byte") == 0
+    message = failure(capsys, "tokenizer", "eval", "tok", "--data.path", "empty.txt")
+    assert "data.path: no text in empty.txt, so there is nothing to measure" in message
 
 
 def test_the_field_of_a_text_to_be_measured_can_be_chosen(workplace, capsys):

@@ -1,4 +1,4 @@
-"""The `data` section: where text comes from and how it becomes rows of tokens."""
+"""The `data` section: where text comes from and how it becomes rows of tokens. Who only reads text has less of it."""
 
 import math
 import re
@@ -16,16 +16,39 @@ class ValSplit(NamedTuple):
     path: str = ""
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """What is trained on, and how it is cut into rows."""
+PATHS = "files, folders or globs of .txt, .jsonl, .json, .csv, .parquet"
 
-    path: Annotated[
-        str | list[str] | None, "files, folders or globs of .txt, .jsonl, .json, .csv, .parquet; none: embedded stories"
-    ] = None
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Which text is read, and what is a document of it."""
+
+    path: Annotated[str | list[str] | None, PATHS] = None
     document: Annotated[
         Literal["file", "line", "blank"], "one document of a .txt: the file, each line, or what blank lines separate"
     ] = "file"
+    text_field: Annotated[str, "field of a JSON row, or column of a table, that holds the text"] = "text"
+
+
+@dataclass(frozen=True)
+class SharedTextConfig(TextConfig):
+    """Text that several processes read."""
+
+    workers: Annotated[int | None, "processes that read; none: all cores, one for a small corpus", ">= 1"] = None
+
+
+@dataclass(frozen=True)
+class StoriesOrTextConfig(TextConfig):
+    """Text, or the embedded corpus where none is named."""
+
+    path: Annotated[str | list[str] | None, f"{PATHS}; none: embedded stories"] = None
+    cache_dir: Annotated[str, "where prepared tokens, and the stories, are kept for the next run"] = ".cache/minillm"
+
+
+@dataclass(frozen=True)
+class DataConfig(StoriesOrTextConfig, SharedTextConfig):
+    """What is trained on, and how it is cut into rows."""
+
     sources: Annotated[
         list[str] | None, "a name for each entry of data.path, which makes it a source; entries may share one"
     ] = None
@@ -33,14 +56,11 @@ class DataConfig:
     temperature: Annotated[
         float | None, "share of a source as its tokens to the power 1 / temperature: 1 as they come, 5 more even", "> 0"
     ] = None
-    text_field: Annotated[str, "field of a JSON row, or column of a table, that holds the text"] = "text"
     val: Annotated[
         str, "held out: a fraction (the tail of the text), 'hash F' (by each document's hash), a path, 0, or auto"
     ] = "auto"
     seq_len: Annotated[int | None, "tokens in a row; none: chosen for the size of the corpus", ">= 2"] = None
     packing: Annotated[bool, "rows of whole documents that do not see each other; false: one endless text"] = True
-    cache_dir: Annotated[str, "where prepared tokens are kept for the next run"] = ".cache/minillm"
-    workers: Annotated[int | None, "processes that tokenise; none: all cores, one for a small corpus", ">= 1"] = None
 
     def __post_init__(self):
         problems = self.mixture_problems()

@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import TypeVar
 
-from minillm.data.config import DataConfig
+from minillm.data.config import DataConfig, StoriesOrTextConfig
 from minillm.data.mixture import PLACES, Source, shares, whole_places
 from minillm.data.shards import corpus_files, prepare, size_of_text
 from minillm.data.store import Prepared, is_prepared, open_prepared
@@ -15,10 +16,11 @@ from minillm.data.text import documents, named_files
 from minillm.files import atomic_directory, locked
 from minillm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
+C = TypeVar("C", bound=StoriesOrTextConfig)
 STORIES = "stories-2.jsonl"  # a new number whenever the stories change, so that a cache never holds older ones
 
 
-def with_path(config: DataConfig) -> DataConfig:
+def with_path(config: C) -> C:
     """The section with a path: without one, that of the embedded corpus, written where it is not there yet."""
     if config.path is not None:
         return config

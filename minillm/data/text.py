@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from minillm.data.config import DataConfig
+from minillm.data.config import TextConfig
 from minillm.data.json_rows import json_list_rows, jsonl_rows, row_texts
 from minillm.data.store import is_cleaned, is_prepared
 from minillm.data.tables import Rows, csv_rows, parquet_rows
@@ -80,7 +80,7 @@ def text_format(path: str | Path) -> str | None:
     return kind[0] if kind and kind[0] in KINDS and (packed, kind) != (True, ["parquet"]) else None
 
 
-def documents(files: Iterable[str | Path], config: DataConfig) -> Iterator[Document]:
+def documents(files: Iterable[str | Path], config: TextConfig) -> Iterator[Document]:
     """The documents of the files, in order; those without text left out, long ones in pieces.
 
     Raises ValueError naming file and line for what cannot be read.
@@ -153,7 +153,7 @@ def describes_data(path: Path) -> bool:
 # --- from a file to blocks --------------------------------------------------------------------------------------------
 
 
-def blocks(path: str | Path, config: DataConfig) -> Iterator[Block]:
+def blocks(path: str | Path, config: TextConfig) -> Iterator[Block]:
     """A file in blocks of about BLOCK bytes."""
     kind = text_format(path)
     assert kind is not None, path
@@ -259,7 +259,7 @@ def parsed_rows(kind: str, name: str, file: BinaryIO, field: str) -> Rows:
 # --- from a block to documents ----------------------------------------------------------------------------------------
 
 
-def parse(block: Block, config: DataConfig) -> Pieces:
+def parse(block: Block, config: TextConfig) -> Pieces:
     """The documents of a block, long ones in pieces, blank ones left out."""
     lines, texts = texts_of(block, config)
     starts, ends = [True] * len(texts), [True] * len(texts)
@@ -273,7 +273,7 @@ def parse(block: Block, config: DataConfig) -> Pieces:
     return pieces
 
 
-def texts_of(block: Block, config: DataConfig) -> tuple[list[int], list[str]]:
+def texts_of(block: Block, config: TextConfig) -> tuple[list[int], list[str]]:
     """(lines, texts) of the documents of a block, the first and the last perhaps in part; "" for a blank one."""
     kind = text_format(block.file)
     if kind == "txt":

@@ -154,9 +154,14 @@ class CleanConfig:
                 problems.append(
                     f"{option.name}: its rule is not in use; add {option.name} or its family, {family}, to clean.rules"
                 )
-        for words, rule, family in (("scripts", "min_script_share", "basic"), ("stop_words", "min_stop_words", "gopher")):
+        for words, rule, family in (
+            ("scripts", "min_script_share", "basic"),
+            ("stop_words", "min_stop_words", "gopher"),
+        ):
             if rule not in chosen and getattr(self, words) not in ([], STOP_WORDS):
-                problems.append(f"{words}: their rule is not in use; add {rule} or its family, {family}, to clean.rules")
+                problems.append(
+                    f"{words}: their rule is not in use; add {rule} or its family, {family}, to clean.rules"
+                )
         for name in ("stop_words", "line_phrases"):
             capital = [word for word in getattr(self, name) if word != word.lower()]
             problems += [f"{name}: {word!r} is not in lower case, so it would never be found" for word in capital[:1]]

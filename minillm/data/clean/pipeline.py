@@ -26,7 +26,7 @@ from minillm.data.clean.minhash import N_PERM
 from minillm.data.clean.output import RECORDS, SIGNATURES, DroppedRows, Parts, bar, free_directory
 from minillm.data.clean.report import Report
 from minillm.data.clean.sift import groups, sift, whole_texts
-from minillm.data.config import DataConfig
+from minillm.data.config import SharedTextConfig
 from minillm.data.text import Block, blocks, named_files
 from minillm.data.workers import Workers
 from minillm.files import atomic_directory
@@ -43,7 +43,7 @@ class Share(NamedTuple):
     count: int = 1
 
 
-def clean(data: DataConfig, config: CleanConfig, out: str | Path, *, progress: bool | None = None) -> Report:
+def clean(data: SharedTextConfig, config: CleanConfig, out: str | Path, *, progress: bool | None = None) -> Report:
     """Clean the text of `data.path` into a new directory. Raises ValueError for text that cannot be read.
 
     `progress` None shows a bar where there is a terminal.
@@ -60,7 +60,7 @@ def clean(data: DataConfig, config: CleanConfig, out: str | Path, *, progress: b
 
 
 def clean_shard(
-    data: DataConfig, config: CleanConfig, out: str | Path, share: str, *, progress: bool | None = None
+    data: SharedTextConfig, config: CleanConfig, out: str | Path, share: str, *, progress: bool | None = None
 ) -> tuple[Path, Report]:
     """Clean share `i/n` of the text into out/shard-i-of-n, duplicates left in; one that is there is not made again."""
     part = parse_share(share)
@@ -87,7 +87,9 @@ def merge(folder: str | Path, out: str | Path, *, progress: bool | None = None) 
 # --- one shard --------------------------------------------------------------------------------------------------------
 
 
-def write_shard(data: DataConfig, config: CleanConfig, share: Share, directory: Path, progress: bool | None) -> Report:
+def write_shard(
+    data: SharedTextConfig, config: CleanConfig, share: Share, directory: Path, progress: bool | None
+) -> Report:
     """Sift a share of the corpus into a directory."""
     settings = identity(data, config, share)
     tests = test_index(data, config) if config.against else None
@@ -116,7 +118,7 @@ def write_shard(data: DataConfig, config: CleanConfig, share: Share, directory: 
 
 
 def share_of_blocks(
-    files: list[tuple[str, int]], data: DataConfig, start: int, stop: int
+    files: list[tuple[str, int]], data: SharedTextConfig, start: int, stop: int
 ) -> Iterator[tuple[Block, int, int]]:
     """The blocks of the documents that begin in a range of the corpus's bytes, the number of their file, their ends.
 
@@ -143,7 +145,7 @@ def bounds(files: list[tuple[str, int]], share: Share) -> tuple[int, int]:
     return size * (share.number - 1) // share.count, size * share.number // share.count
 
 
-def identity(data: DataConfig, config: CleanConfig, share: Share) -> dict[str, Any]:
+def identity(data: SharedTextConfig, config: CleanConfig, share: Share) -> dict[str, Any]:
     """What a shard is made of: settings and files."""
     if data.path is None:
         raise ValueError("data.path: name the text to be cleaned")
@@ -152,7 +154,7 @@ def identity(data: DataConfig, config: CleanConfig, share: Share) -> dict[str, A
     return {"share": [share.number, share.count], "settings": settings, "files": files}
 
 
-def test_index(data: DataConfig, config: CleanConfig) -> NgramIndex:
+def test_index(data: SharedTextConfig, config: CleanConfig) -> NgramIndex:
     """The n-grams of the test files, which are read as the text is. Raises ValueError where they have no text."""
     data = dataclasses.replace(data, text_field=config.against_field or data.text_field)
     try:
@@ -164,7 +166,7 @@ def test_index(data: DataConfig, config: CleanConfig) -> NgramIndex:
     return tests
 
 
-def refuse_inside(out: str | Path, data: DataConfig) -> None:
+def refuse_inside(out: str | Path, data: SharedTextConfig) -> None:
     """Raises ValueError where the output would be text of the same corpus when that is read the next time."""
     entries = [data.path] if isinstance(data.path, str) else data.path or []
     for entry in entries:
@@ -181,7 +183,7 @@ def parse_share(text: str) -> Share:
     return Share(int(match[1]), int(match[2]))
 
 
-def count_workers(data: DataConfig, size: int) -> int:
+def count_workers(data: SharedTextConfig, size: int) -> int:
     """How many processes work."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return data.workers or (1 if size <= SMALL else cores)

@@ -159,7 +159,11 @@ def form(kind: str, pattern: str, holds: Callable[[str], bool] = bool, sign: str
 
 
 DETECTORS = [
-    form("key", "-----BEGIN ([A-Z ]*)PRIVATE KEY( BLOCK|)-----(?:(?!-----).)*+-----END \\1PRIVATE KEY\\2-----", sign="-----BEGIN"),
+    form(
+        "key",
+        "-----BEGIN ([A-Z ]*)PRIVATE KEY( BLOCK|)-----(?:(?!-----).)*+-----END \\1PRIVATE KEY\\2-----",
+        sign="-----BEGIN",
+    ),
     form("key", word("e", r"yJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"), sign="eyJ"),
     form("key", word("A", r"(?:KI|SI)A[A-Z0-9]{16}(?![A-Za-z0-9])"), sign="IA"),
     form("key", word("g", r"h[pousr]_[A-Za-z0-9]{36,}"), sign="gh"),

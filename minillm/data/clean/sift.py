@@ -23,7 +23,7 @@ from minillm.data.clean.minhash import signatures
 from minillm.data.clean.normalise import normalise
 from minillm.data.clean.privacy import redact
 from minillm.data.clean.report import Report
-from minillm.data.config import DataConfig
+from minillm.data.config import TextConfig
 from minillm.data.text import MAX_ROW, Block, blocks, texts_of
 
 # What is remembered of a document that passed: the hash of its words, its bytes before and after, and where it stands.
@@ -78,7 +78,7 @@ def groups(blocks: Iterable[tuple[Block, int, int]], most: int) -> Iterator[Grou
             group, held, let_go = [], 0, 0
 
 
-def whole_documents(group: Group, data: DataConfig) -> Iterator[tuple[int, str]]:
+def whole_documents(group: Group, data: TextConfig) -> Iterator[tuple[int, str]]:
     """(line, text) of each document of a group, "" for blank ones."""
     begun, parts = 0, []
     for block in group.blocks:
@@ -91,7 +91,7 @@ def whole_documents(group: Group, data: DataConfig) -> Iterator[tuple[int, str]]
                 yield begun, parts[0] if len(parts) == 1 else "".join(parts)
 
 
-def whole_texts(files: Iterable[str | Path], data: DataConfig) -> Iterator[tuple[str, str]]:
+def whole_texts(files: Iterable[str | Path], data: TextConfig) -> Iterator[tuple[str, str]]:
     """(file:line, text) of the whole documents of files that fit into memory one document at a time."""
     for file in files:
         for group in groups(((block, 0, 0) for block in blocks(file, data)), MAX_ROW):
@@ -99,7 +99,7 @@ def whole_texts(files: Iterable[str | Path], data: DataConfig) -> Iterator[tuple
                 yield f"{file}:{line}", text
 
 
-def sift(data: DataConfig, config: CleanConfig, tests: NgramIndex | None, n_perm: int, group: Group) -> Sifted:
+def sift(data: TextConfig, config: CleanConfig, tests: NgramIndex | None, n_perm: int, group: Group) -> Sifted:
     """Edit and judge the documents of a group. Raises ValueError naming file and line for what cannot be read."""
     report, dropped = Report(), []
     file = group.blocks[0].file
