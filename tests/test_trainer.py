@@ -127,6 +127,26 @@ def test_the_logged_loss_is_the_mean_over_the_units_of_the_whole_batch():
     assert 0 <= figures["close"] <= 1
 
 
+def test_no_metric_is_read_before_all_micro_batches_are_under_way():
+    """Reading a number makes the host wait for the device, and the device for what it is to do next."""
+    events = []
+
+    class Number:
+        def __float__(self):
+            events.append("read")
+            return 2.0
+
+    class Told(SquaredError):
+        def __call__(self, model, batch):
+            events.append("forward")
+            return super().__call__(model, batch)[0], {"two": (Number(), 1)}
+
+    trainer = make_trainer(loader=Rows(micro_batch_size=2))
+    trainer.objective = Told()
+    assert trainer.step()["two"] == 2.0
+    assert events == ["forward"] * 3 + ["read"] * 3
+
+
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path):
     whole = make_trainer(prepared(tmp_path / "a"), dropout=0.5)
     whole.fit()

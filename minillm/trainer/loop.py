@@ -112,14 +112,15 @@ class Trainer:
             self.scaler.scale(loss_sum * (dist.dp_size / n)).backward()
             losses.append(loss_sum.detach())
             for name, pair in metrics.items():
-                totals.setdefault(name, []).append(torch.as_tensor(pair, dtype=torch.float64, device="cpu"))
+                totals.setdefault(name, []).append(pair)
         self.scaler.unscale_(self.optimizer)
         each_norm = gradient_norms(self.parameters.values())
         grad_norm = clip_grad_norm_(self.parameters.values(), self.grad_clip, each_norm)
         figures["loss"] = float(dist.sum(torch.stack(losses).cpu().double().sum())) / n
         figures["grad_norm"] = float(grad_norm)
         for name, pairs in totals.items():
-            total, count = dist.sum(torch.stack(pairs).sum(0)).tolist()
+            pairs = torch.tensor([[float(number) for number in pair] for pair in pairs], dtype=torch.float64)
+            total, count = dist.sum(pairs.sum(0)).tolist()
             figures[name] = total / count if count else None
 
         finite = math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
