@@ -32,7 +32,7 @@ class ModelConfig:
     ] = "rmsnorm"
     norm_eps: Annotated[float, "added to the variance in a norm", "> 0"] = 1e-6
     position: Annotated[Literal["rope", "learned", "none"], "how the model knows where a token stands"] = "rope"
-    rope_theta: Annotated[float, "base of the RoPE wavelengths", "> 0"] = 10_000.0
+    rope_theta: Annotated[float, "base of the RoPE wavelengths", "> 1"] = 10_000.0
     rope_scaling: Annotated[
         Literal["none", "linear", "ntk", "llama3", "yarn"], "how RoPE is stretched beyond the context it was trained on"
     ] = "none"
