@@ -264,6 +264,7 @@ def make_trainer(
             "data.seq_len": data.seq_len,
             "data.packing": data.packing,
             "run.seed": config.run.seed,
+            "optim.name": optim.name,
             **{f"model.{name}": value for name, value in dataclasses.asdict(model_config).items()},
         },
         config_dict=to_dict(config),

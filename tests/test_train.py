@@ -222,6 +222,7 @@ def test_the_text_may_move_and_the_cache_may_go_between_two_parts_of_a_run(workp
         (["--data.seq_len", 16], "data.seq_len was 32, is 16"),
         (["--data.packing", "false"], "data.packing was True, is False"),
         (["--model.rope_theta", 9], "model.rope_theta was 10000.0, is 9.0"),
+        (["--optim.name", "lamb"], "optim.name was muon, is lamb"),
     ],
 )
 def test_resuming_as_another_run_is_refused(workplace, capsys, words, difference):
