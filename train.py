@@ -8,21 +8,19 @@ python train.py configs/continue.toml --model.path runs/mine --data.path new.txt
 """
 
 import dataclasses
-import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from minillm.config import Layer, build, convert, file_layer, help_text, lookup, to_dict
+from minillm.config import build, help_text, lookup, to_dict
 from minillm.data.batch import Batch
 from minillm.data.config import DataConfig
-from minillm.data.corpus import corpus_bytes, identity, open_corpus
+from minillm.data.corpus import identity, open_corpus
 from minillm.data.loader import Loader, eval_batches
 from minillm.data.mixture import Source, held_out, say_use
 from minillm.data.prompts import prompts_of
@@ -39,17 +37,8 @@ from minillm.model.init import init_weights
 from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
 from minillm.optim import OptimConfig, build_optimizer, lr_at, warmup_steps
-from minillm.plan import count_parameters, flops_per_token, micro_batch_size, optimizer_for, recommend
-from minillm.recipe import (
-    earlier,
-    earlier_run,
-    is_none,
-    preset_layer,
-    read_layers,
-    source_layer,
-    starting_point,
-    without_limits,
-)
+from minillm.plan import count_parameters, flops_per_token, micro_batch_size
+from minillm.recipe import earlier, earlier_run, fitting, read_layers, source_layer, starting_point
 from minillm.run import RunConfig, RunDirectory, open_run
 from minillm.tokenizer import Tokenizer, TokenizerConfig
 from minillm.trainer import DTYPES, TrainConfig, Trainer, completed, total_steps
@@ -95,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     given = read_layers(Config, argv)
     home = earlier_run(given)
     given = [*source_layer(given, resumed=home), *given]
-    below = earlier(home, given) if home else fitting(given)
+    below = earlier(home, given) if home else fitting(Config, given, QUICKSTART)
     config = build(Config, [*below, *given])  # every mistake is reported before anything is touched
     trackers = make_trackers(config.log, config.run.dir)
     if not home:
@@ -118,56 +107,6 @@ def main(argv: Sequence[str]) -> int:
         summary = trainer.fit()
         report(config, run, trainer.model, tokenizer, sources, summary)
     return 0
-
-
-# --- a configuration that fits the corpus -----------------------------------------------------------------------------
-
-
-def fitting(given: list[Layer]) -> list[Layer]:
-    """Layers that suit the text: the quickstart's where no path is given, else what fits its size."""
-    if is_none(lookup(given, "data.path")):
-        chosen = dict(file_layer(QUICKSTART).values)
-    else:
-        chosen = recommend(size_of_text(given))
-    chosen = Layer("chosen for the corpus", without_limits(suited(chosen, given), given))
-    return [*preset_layer([chosen]), chosen]
-
-
-def suited(chosen: dict[str, Any], given: list[Layer]) -> dict[str, Any]:
-    """The chosen values, but for those that something given makes wrong, and with those that follow from it."""
-    said = {name for layer in given for name in layer.values}
-    if "model.dim" in said:  # a shape of the user's own, or a preset they named: it needs another learning rate
-        dim = as_count(lookup(given, "model.dim")) or ModelSection.dim
-        chosen = {name: chosen[name] for name in chosen if not name.startswith(("model.", "optim."))}
-        chosen |= optimizer_for(dim)
-    if lookup(given, "optim.name", "muon") != "muon" and "optim.muon_lr" in chosen:
-        chosen["optim.lr"] = chosen.pop("optim.muon_lr")
-    if "optim.lr" in said:
-        chosen.pop("optim.muon_lr", None)
-    if {"tokenizer.kind", "tokenizer.path"} & said:
-        chosen.pop("tokenizer.vocab_size", None)
-    limit = as_count(lookup(given, "model.max_seq_len")) or math.inf
-    seq_len = as_count(lookup(given, "data.seq_len")) or min(chosen["data.seq_len"], max(2, limit))
-    rows = max(1, round(chosen["train.batch_tokens"] / seq_len))
-    return chosen | {"data.seq_len": seq_len, "model.max_seq_len": seq_len, "train.batch_tokens": rows * seq_len}
-
-
-def as_count(value: Any) -> int | None:
-    """The whole number that a value not checked yet stands for; None where it is none, which is reported later."""
-    try:
-        return max(1, convert(value, int))
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def size_of_text(given: list[Layer]) -> int:
-    """Bytes of text under data.path; 0 where that is not to be had, which is reported when it is read."""
-    names = ("data.path", "data.cache_dir", "data.sources", "data.weights", "data.temperature")
-    try:
-        only = Layer("", {name: lookup(given, name) for name in names if lookup(given, name) is not None})
-        return corpus_bytes(build(Config, [only]).data)
-    except ValueError:
-        return 0
 
 
 # --- the parts of a run -----------------------------------------------------------------------------------------------

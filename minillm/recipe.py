@@ -1,15 +1,20 @@
-"""How a script's configuration comes about: preset < file < command line, or what an earlier run had below them."""
+"""How a script's configuration comes about: preset < file < command line, and below them what an earlier run had, or
+what suits the text.
+"""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minillm import checkpoint
-from minillm.config import ConfigError, Layer, arguments, convert, fields_of, file_layer, lookup, nearest
+from minillm.config import ConfigError, Layer, arguments, build, convert, fields_of, file_layer, lookup, nearest
+from minillm.data.corpus import corpus_bytes
 from minillm.load import describe, find_checkpoint, tokenizer_home
-from minillm.model.config import ModelConfig
+from minillm.model.config import ModelConfig, ModelSection
 from minillm.model.presets import PRESETS, preset_fields
+from minillm.plan import optimizer_for, recommend
 from minillm.run import RunConfig, RunDirectory
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
@@ -107,12 +112,6 @@ def is_none(value: Any) -> bool:
     return value is None or str(value).lower() in ("none", "null")
 
 
-def without_limits(values: dict[str, Any], given: list[Layer]) -> dict[str, Any]:
-    """Where the user says when to stop, no other layer does."""
-    said = any(lookup(given, limit) is not None for limit in LIMITS)
-    return {name: value for name, value in values.items() if not (said and name in LIMITS)}
-
-
 def earlier_run(given: list[Layer]) -> Path | None:
     """The directory of the run to be continued, or begun again where it has no checkpoint yet; None for a new one."""
     resume = str(lookup(given, "run.resume", "never"))
@@ -150,3 +149,59 @@ def starting_point(config: RunConfig, run: RunDirectory) -> Path | None:
             "bring back a copy, or move the directory away to start afresh"
         )
     return newest
+
+
+# --- a configuration that fits the corpus -----------------------------------------------------------------------------
+
+
+def fitting(config_class: type, given: list[Layer], without_text: Path) -> list[Layer]:
+    """Layers that suit the text: what fits its size, and those of the file `without_text` where no path is given."""
+    if is_none(lookup(given, "data.path")):
+        chosen = dict(file_layer(without_text).values)
+    else:
+        chosen = recommend(bytes_of_text(config_class, given))
+    chosen = Layer("chosen for the corpus", without_limits(suited(chosen, given), given))
+    return [*preset_layer([chosen]), chosen]
+
+
+def suited(chosen: dict[str, Any], given: list[Layer]) -> dict[str, Any]:
+    """The chosen values, but for those that something given makes wrong, and with those that follow from it."""
+    said = {name for layer in given for name in layer.values}
+    if "model.dim" in said:  # a shape of the user's own, or a preset they named: it needs another learning rate
+        dim = as_count(lookup(given, "model.dim")) or ModelSection.dim
+        chosen = {name: chosen[name] for name in chosen if not name.startswith(("model.", "optim."))}
+        chosen |= optimizer_for(dim)
+    if lookup(given, "optim.name", "muon") != "muon" and "optim.muon_lr" in chosen:
+        chosen["optim.lr"] = chosen.pop("optim.muon_lr")
+    if "optim.lr" in said:
+        chosen.pop("optim.muon_lr", None)
+    if {"tokenizer.kind", "tokenizer.path"} & said:
+        chosen.pop("tokenizer.vocab_size", None)
+    limit = as_count(lookup(given, "model.max_seq_len")) or math.inf
+    seq_len = as_count(lookup(given, "data.seq_len")) or min(chosen["data.seq_len"], max(2, limit))
+    rows = max(1, round(chosen["train.batch_tokens"] / seq_len))
+    return chosen | {"data.seq_len": seq_len, "model.max_seq_len": seq_len, "train.batch_tokens": rows * seq_len}
+
+
+def as_count(value: Any) -> int | None:
+    """The whole number that a value not checked yet stands for; None where it is none, which is reported later."""
+    try:
+        return max(1, convert(value, int))
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def bytes_of_text(config_class: type, given: list[Layer]) -> int:
+    """Bytes of text under data.path; 0 where that is not to be had, which is reported when it is read."""
+    names = ("data.path", "data.cache_dir", "data.sources", "data.weights", "data.temperature")
+    try:
+        only = Layer("", {name: lookup(given, name) for name in names if lookup(given, name) is not None})
+        return corpus_bytes(build(config_class, [only]).data)
+    except ValueError:
+        return 0
+
+
+def without_limits(values: dict[str, Any], given: list[Layer]) -> dict[str, Any]:
+    """Where the user says when to stop, no other layer does."""
+    said = any(lookup(given, limit) is not None for limit in LIMITS)
+    return {name: value for name, value in values.items() if not (said and name in LIMITS)}

@@ -615,7 +615,7 @@ def test_a_config_reports_all_its_problems_at_once():
         ModelConfig(vocab_size=8, dim=12, n_heads=4)
     with pytest.raises(ValueError, match="rope_factor: 2 has no effect with rope_scaling none"):
         ModelConfig(vocab_size=8, rope_factor=2.0)
-    with pytest.raises(ValueError, match="rope_theta: is 1.0; it must be > 1"):
+    with pytest.raises(ValueError, match=r"rope_theta: is 1\.0; it must be > 1"):
         ModelConfig(vocab_size=8, rope_theta=1.0)
     with pytest.raises(ValueError, match="window_pattern: 'WLW' is to be made of W"):
         ModelConfig(vocab_size=8, window=4, window_pattern="WLW")

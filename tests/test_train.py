@@ -20,7 +20,7 @@ import train
 from minillm import checkpoint, cli
 from minillm.data.prompts import beginnings
 from minillm.log import read_metrics, run_command
-from minillm.recipe import read_layers
+from minillm.recipe import fitting, read_layers
 from minillm.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -268,7 +268,7 @@ def test_a_summary_that_a_kill_prevented_is_written_when_the_run_is_resumed(work
 
 def chosen_for(*words):
     given = read_layers(train.Config, list(words))
-    return train.build(train.Config, [*train.fitting(given), *given])
+    return train.build(train.Config, [*fitting(train.Config, given, train.QUICKSTART), *given])
 
 
 @pytest.mark.parametrize("seq_len", [100, 2_048])
@@ -395,7 +395,7 @@ def test_a_preset_that_is_no_text_is_reported_with_the_rest(workplace, capsys):
 @pytest.mark.parametrize("word", ["none", "None", "null"])
 def test_none_is_none_in_any_spelling(word):
     given = read_layers(train.Config, ["--data.path", word, "--model.preset", word])
-    assert train.fitting(given)[-1].values["train.max_steps"] == 1000
+    assert fitting(train.Config, given, train.QUICKSTART)[-1].values["train.max_steps"] == 1000
 
 
 def test_a_prompt_lies_inside_one_document():
