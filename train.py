@@ -36,7 +36,7 @@ from minillm.model.config import ModelSection
 from minillm.model.init import init_weights
 from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
-from minillm.optim import OptimConfig, build_optimizer, lr_at, warmup_steps
+from minillm.optim import OptimConfig, build_optimizer, lr_at, unmatched_patterns, warmup_steps
 from minillm.plan import count_parameters, flops_per_token, micro_batch_size
 from minillm.recipe import earlier, earlier_run, fitting, read_layers, source_layer, starting_point
 from minillm.run import RunConfig, RunDirectory, open_run
@@ -72,6 +72,9 @@ class Config:
             )
         if not self.model.causal:
             problems.append("model.causal: false lets a token see the one that it is trained to predict; leave it true")
+        if self.optim.lr_scales:  # looked at here, and not when hours of tokenising are over
+            with torch.device("meta"):
+                problems += unmatched_patterns(Transformer(self.model.to_config(vocab_size=1)), self.optim)
         if problems:
             raise ValueError("\n".join(problems))
 

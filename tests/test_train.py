@@ -349,6 +349,7 @@ def test_five_mistakes_come_in_one_report(workplace, capsys):
         (["--model.preset", "gpt5", "--optim.lrr", 1], ("model.preset", "optim.lrr")),
         (["--model.n_heads", 5, "--train.batch_tokens", 100], ("model.n_heads", "train.batch_tokens")),
         (["--optim.lr", "--model.dropout", 2], ("optim.lr", "model.dropout")),
+        (["--optim.lr_scales", "embd=2", "--train.batch_tokens", 100], ("'embd' fits no", "train.batch_tokens")),
     ],
 )
 def test_a_mistake_does_not_hide_the_next(workplace, capsys, words, names):

@@ -3,7 +3,7 @@
 from minillm.optim.build import OPTIMIZERS, build_optimizer
 from minillm.optim.config import OptimConfig
 from minillm.optim.gradients import clip_grad_norm_, gradient_norms
-from minillm.optim.groups import param_groups
+from minillm.optim.groups import param_groups, unmatched_patterns
 from minillm.optim.lamb import Lamb
 from minillm.optim.muon import Muon
 from minillm.optim.schedule import lr_at, warmup_steps
@@ -20,5 +20,6 @@ __all__ = [
     "lr_at",
     "optimizer_tensors",
     "param_groups",
+    "unmatched_patterns",
     "warmup_steps",
 ]

@@ -41,7 +41,8 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
         sorted_out.setdefault((kind, scale), []).append(parameter)
     if not sorted_out:
         raise ValueError("no parameter is trainable: requires_grad is off for all of them")
-    check_patterns(model, scales)
+    if problems := unmatched_patterns(model, config):
+        raise ValueError("\n".join(problems))
     muon_scale = config.muon_lr / chosen(config, "lr") if config.muon_lr else 1.0
     return [
         {
@@ -55,10 +56,11 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     ]
 
 
-def check_patterns(model: nn.Module, scales: list[tuple[str, float]]) -> None:
+def unmatched_patterns(model: nn.Module, config: OptimConfig) -> list[str]:
+    """A line for each pattern of `lr_scales` that fits no parameter of the model."""
     names = [name for name, _ in model.named_parameters()]
-    for pattern, _ in scales:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"optim.lr_scales: {pattern!r} fits no parameter; they are called {names[0]}, ..., {names[-1]}"
-            )
+    return [
+        f"optim.lr_scales: {pattern!r} fits no parameter; they are called {names[0]}, ..., {names[-1]}"
+        for pattern, _ in config.scales()
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
