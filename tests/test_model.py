@@ -543,7 +543,7 @@ ON_TOP_OF = {  # the field: what the others are, and the value that must make an
     "position": ({}, "none"),
     "rope_theta": ({}, "100"),
     "rope_scaling": ({"rope_scaling": "linear", "rope_factor": 4.0}, "ntk"),
-    "rope_factor": ({"rope_scaling": "ntk"}, "4"),
+    "rope_factor": ({"rope_scaling": "ntk", "rope_factor": 2.0}, "4"),
     "rope_original_len": ({"rope_scaling": "llama3", "rope_factor": 4.0}, "24"),
     "window": ({}, "5"),
     "window_pattern": ({"window": 5}, "WF"),
@@ -615,6 +615,10 @@ def test_a_config_reports_all_its_problems_at_once():
         ModelConfig(vocab_size=8, dim=12, n_heads=4)
     with pytest.raises(ValueError, match="rope_factor: 2 has no effect with rope_scaling none"):
         ModelConfig(vocab_size=8, rope_factor=2.0)
+    with pytest.raises(ValueError, match="rope_factor: 1 leaves rope_scaling yarn without effect"):
+        ModelConfig(vocab_size=8, rope_scaling="yarn")
+    with pytest.raises(ValueError, match="rope_scaling: ntk has no effect with position learned"):
+        ModelConfig(vocab_size=8, rope_scaling="ntk", rope_factor=2.0, position="learned")
     with pytest.raises(ValueError, match=r"rope_theta: is 1\.0; it must be > 1"):
         ModelConfig(vocab_size=8, rope_theta=1.0)
     with pytest.raises(ValueError, match="window_pattern: 'WLW' is to be made of W"):

@@ -119,6 +119,10 @@ def impossible_combinations(config: ModelConfig) -> list[str]:
         problems.append(f"head_dim: {head_dim} is odd, and RoPE turns pairs of numbers; make it even")
     if config.rope_scaling == "none" and config.rope_factor != 1:
         problems.append(f"rope_factor: {config.rope_factor:g} has no effect with rope_scaling none; choose a scaling")
+    elif config.rope_scaling != "none" and config.position != "rope":
+        problems.append(f"rope_scaling: {config.rope_scaling} has no effect with position {config.position}; set none")
+    elif config.rope_scaling != "none" and config.rope_factor == 1:
+        problems.append(f"rope_factor: 1 leaves rope_scaling {config.rope_scaling} without effect; set it, say to 4")
     if config.window_pattern is not None and not set("W") <= set(config.window_pattern) <= set("WF"):
         problems.append(
             f"window_pattern: {config.window_pattern!r} is to be made of W (with the window) and F (full), such as WWWF"
