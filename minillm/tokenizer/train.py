@@ -44,8 +44,8 @@ class TokenizerConfig:
         int | None, "BPE: ids, special tokens and bytes included; none: chosen for the corpus", f">= {SMALLEST_BPE}"
     ] = None
     train_bytes: Annotated[
-        int, "BPE: largest sample of the corpus to train on; memory is some 15 times that", ">= 100_000"
-    ] = 50_000_000
+        int, "BPE: largest sample of the corpus to train on; memory is up to 25 times that", ">= 100_000"
+    ] = 20_000_000
 
     def __post_init__(self):
         if self.kind == "hf" and self.path is None:
