@@ -24,6 +24,7 @@ from minillm.data.text import documents, named_files
 from minillm.distributed.context import find_device
 from minillm.doctor import advice, examine
 from minillm.doctor import report as doctor_report
+from minillm.files import free_directory
 from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
 from minillm.load import load
@@ -126,9 +127,7 @@ class Doctor:
 
 def tokenizer_train(options: TokenizerTrain) -> None:
     """Train a tokenizer on text and save it."""
-    out = Path(options.out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"out: {out} is {'not empty' if out.is_dir() else 'a file'}; choose another folder")
+    out = free_directory(options.out)
     data = with_path(options.data)
     texts = (document.text for document in documents(named_files("data.path", data.path), data))
     tokenizer = train_tokenizer(texts, options.tokenizer)
@@ -157,7 +156,7 @@ def data_prepare(options: DataPrepare) -> None:
     _, sources = open_corpus(options.data, options.tokenizer)
     for source in sources:
         if source.name:
-            print(f"source {source.name}, {source.share:.1%} of the samples:")
+            print(f"source {source.name}, {100 * source.share:.3g}% of the samples:")
         print(f"{source.prepared.directory}\n{describe_prepared(source.prepared)}")
 
 

@@ -83,11 +83,30 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Remove what writers of a file that died before their rename have left beside it."""
+    for leftover in leftovers(path):
+        with suppress(OSError):  # it is in nobody's way
+            leftover.unlink()
+
+
+def leftovers(path: Path) -> Iterator[Path]:
+    """What writers of a file or directory that are dead have left beside it."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         process = leftover.suffixes[-2][1:]
         if process.isdigit() and not is_alive(int(process)):
-            with suppress(OSError):  # it is in nobody's way
-                leftover.unlink()
+            yield leftover
+
+
+def free_directory(path: str | Path) -> Path:
+    """The path of a directory to write for the first time, without what killed processes have left of it.
+
+    Raises ValueError where it is not empty, or a file.
+    """
+    path = Path(path)
+    for leftover in leftovers(path):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"out: {path} is {'not empty' if path.is_dir() else 'a file'}; choose another folder")
+    return path
 
 
 def is_alive(process: int) -> bool:

@@ -94,6 +94,7 @@ def test_weights_need_not_add_up_to_one_and_the_sizes_do_not_matter():
 
 def test_extreme_temperatures_are_no_overflow():
     assert shares([10**13, 5], temperature=1e-4) == [1, 0]
+    assert shares([10**13, 5], temperature=1e-320) == [1, 0]
     assert shares([10**13, 5], temperature=1e9) == pytest.approx([0.5, 0.5])
 
 
@@ -258,7 +259,7 @@ def test_a_source_that_is_read_too_often_is_named(caplog):
     say_use(sources, one.rows, samples=1000)
     (usual,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert f"source s0 is read {500 / 44:.1f} times: text repeated more than 4 times" in usual.getMessage()
-    assert "source s1: 50.0% of the samples, 70,000 tokens to train on, read 0.114 times" in caplog.text
+    assert "source s1: 50% of the samples, 70,000 tokens to train on, read 0.114 times" in caplog.text
 
 
 # --- the configuration ------------------------------------------------------------------------------------------------
@@ -309,6 +310,25 @@ def test_sources_are_named_after_their_paths():
     paths = ["x/wiki.jsonl.gz", "c4/", "books/*.txt", "zh/part-*.jsonl", "en/part-*.jsonl", ".."]
     assert unique(map(stem, paths)) == ["wiki", "c4", "books", "part", "part-2", "text"]
     assert unique(["a", "a-2", "a"]) == ["a", "a-2", "a-3"]
+    assert unique(["a"] * 50_000)[-1] == "a-50000"  # where names are compared with all before, this would not end
+
+
+def test_sources_that_cannot_be_mixed_are_refused_before_any_is_prepared(workplace):
+    for paths, message in (
+        (["red.jsonl", "./red.jsonl"], "red.jsonl is in source red and in source red-2"),
+        (["red.jsonl", "nowhere.txt"], "source nowhere: data.path: nowhere.txt: no such file"),
+        (["red.jsonl"] * 4097, "4097 sources; a mixture has at most 4096"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_sources(DataConfig(path=paths, temperature=1.0, cache_dir="cache"), ByteTokenizer())
+    assert not Path("cache").exists()
+
+
+def test_a_share_that_is_less_than_one_place_is_said_to_be_more(workplace, caplog):
+    config = DataConfig(path=["red.jsonl", "blue.txt"], weights=[1e-9, 1], cache_dir="cache")
+    assert [source.places for source in open_sources(config, ByteTokenizer())] == [1, PLACES - 1]
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning == "source red: 0.0244% of the samples is the least, not 1e-07%"
 
 
 # --- from text to a run -----------------------------------------------------------------------------------------------
@@ -382,7 +402,7 @@ def weights(directory):
 
 def test_a_run_reads_its_sources_by_weight_and_inspect_names_them(workplace, capsys):
     assert run("--train.batch_tokens", 32 * 150, "--train.max_steps", 2) == 0
-    assert "source red: 75.0% of the samples" in capsys.readouterr().err
+    assert "source red: 75% of the samples" in capsys.readouterr().err
     assert run_command(cli.dispatch, ["data", "inspect", "run", "--step", "2", "--rows", "999"]) == 0
     lines = capsys.readouterr().out.splitlines()
     found = Counter(line.split("source ")[1].split(",")[0] for line in lines if line.startswith("sample "))
@@ -531,7 +551,9 @@ def test_prepare_makes_each_source_and_says_its_share(workplace, capsys):
     root = [math.sqrt(size) for size in sizes]
     assert [source.share for source in sources] == pytest.approx([one / sum(root) for one in root], abs=1 / PLACES)
     for source in sources:
-        assert f"source {source.name}, {source.share:.1%} of the samples:\n{source.prepared.directory}\n" in shown
+        assert (
+            f"source {source.name}, {100 * source.share:.3g}% of the samples:\n{source.prepared.directory}\n" in shown
+        )
 
 
 def test_the_figures_of_a_mixture_are_of_the_sources_that_hold_something_out():

@@ -305,6 +305,8 @@ def test_broken_csv_is_named_by_the_line_where_the_row_begins(tmp_path):
         'id,text\n1,one\n2,"never\nclosed\n3,three\n': (3, "not valid CSV: unexpected end of data"),
         'id,text\n1,"one" more\n': (2, "not valid CSV: ',' expected after '\"'"),
         "\n\na,b\n1,2\n": (3, 'column "text" is missing (found: a, b); set data.text_field'),
+        "id;text\n1;a\n": (1, "column \"text\" is missing (found: id;text); separate columns by commas, not ';'"),
+        "text\tid\na\t1\n": (1, "column \"text\" is missing (found: text\tid); separate columns by commas, not '\\t'"),
         "text,b,text\n": (1, 'column "text" is there more than once (found: text, b, text); set data.text_field'),
         b"text\nfine\ncaf\xe9\n": (3, "not UTF-8 at byte 13; convert the file to UTF-8"),
         'text\nfine\n"two\nlines \0"\n': (3, "a NUL character in the text"),

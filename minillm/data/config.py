@@ -150,15 +150,15 @@ def stem(path: str) -> str:
 
 def unique(names: Iterable[str]) -> list[str]:
     """The names, numbered from 2 on where one comes again: train, train-2."""
-    found: list[str] = []
+    found: dict[str, int] = {}  # the number that each has come to
     for name in names:
-        number = 1
-        numbered = name
+        numbered, number = name, found.get(name, 1)
         while numbered in found:
             number += 1
             numbered = f"{name}-{number}"
-        found.append(numbered)
-    return found
+        found[name] = number
+        found.setdefault(numbered, 1)
+    return list(found)
 
 
 # Up to so many bytes of text, that fraction is held out: the share shrinks, so that an evaluation stays short.

@@ -3,24 +3,29 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from minillm.data.config import DataConfig, StoriesOrTextConfig
-from minillm.data.mixture import PLACES, Source, shares, whole_places
+from minillm.data.mixture import PLACES, Source, refuse_too_many, shares, whole_places
 from minillm.data.shards import corpus_files, prepare, size_of_text
-from minillm.data.store import Prepared, is_prepared, open_prepared
+from minillm.data.store import Prepared, is_prepared, open_prepared, read_index
 from minillm.data.stories import write_stories
 from minillm.data.text import documents, named_files
 from minillm.files import atomic_directory, locked
 from minillm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
-C = TypeVar("C", bound=StoriesOrTextConfig)
+logger = logging.getLogger("minillm")
+
+Section = TypeVar("Section", bound=StoriesOrTextConfig)
+Result = TypeVar("Result")
 STORIES = "stories-2.jsonl"  # a new number whenever the stories change, so that a cache never holds older ones
 
 
-def with_path(config: C) -> C:
+def with_path(config: Section) -> Section:
     """The section with a path: without one, that of the embedded corpus, written where it is not there yet."""
     if config.path is not None:
         return config
@@ -78,32 +83,52 @@ def open_corpus(data: DataConfig, config: TokenizerConfig) -> tuple[Tokenizer, l
 
 def open_sources(data: DataConfig, tokenizer: Tokenizer) -> list[Source]:
     """The sources with their places in the mixture; a corpus that is not mixed is a single one, without a name."""
-    found: dict[str, Prepared] = {}
-    for name, section in data.by_source().items():
+    sections = data.by_source()
+    refuse_too_many(len(sections))
+    if data.mixed:
+        refuse_shared_files(of_each(source_files, sections))
+    found = of_each(lambda section: prepare(section, tokenizer), sections)
+    for prepared in found.values():
+        if not (prepared.directory / "tokenizer.json").exists():
+            tokenizer.save(prepared.directory)  # so that the folder is enough to train on
+    sizes = [prepared.train.n_tokens for prepared in found.values()]
+    wanted = shares(sizes, data.weights, data.temperature)
+    places = whole_places(wanted)
+    for name, share, count in zip(found, wanted, places):
+        if count > 2 * share * PLACES:
+            logger.warning("source %s: %.3g%% of the samples is the least, not %.3g%%", name, 100 / PLACES, 100 * share)
+    return [Source(name, count, prepared) for (name, prepared), count in zip(found.items(), places)]
+
+
+def of_each(function: Callable[[DataConfig], Result], sections: dict[str, DataConfig]) -> dict[str, Result]:
+    """function(section) of each source, whose name stands before what is wrong with it."""
+    found = {}
+    for name, section in sections.items():
         try:
-            found[name] = prepare(section, tokenizer)
+            found[name] = function(section)
         except ValueError as error:
             if not name:
                 raise
             raise ValueError(f"source {name}: {error}") from None
-    for prepared in found.values():
-        if not (prepared.directory / "tokenizer.json").exists():
-            tokenizer.save(prepared.directory)  # so that the folder is enough to train on
-    refuse_shared_files(found)
-    sizes = [prepared.train.n_tokens for prepared in found.values()]
-    places = whole_places(shares(sizes, data.weights, data.temperature))
-    return [Source(name, count, prepared) for (name, prepared), count in zip(found.items(), places)]
+    return found
 
 
-def refuse_shared_files(found: dict[str, Prepared]) -> None:
+def source_files(section: DataConfig) -> list[str]:
+    """The files of a source, or those that its prepared tokens were made of."""
+    if folder := prepared_folder(section):
+        return [file["path"] for file in read_index(folder)["files"]]
+    return [str(path) for path in named_files("data.path", section.path)]
+
+
+def refuse_shared_files(files: dict[str, list[str]]) -> None:
     """Raises ValueError where two sources have a file in common: one would train on what the other holds out."""
     owners: dict[str, str] = {}
-    for name, prepared in found.items():
-        for file in prepared.info["files"]:
-            owner = owners.setdefault(os.path.abspath(file["path"]), name)
+    for name, paths in files.items():
+        for path in paths:
+            owner = owners.setdefault(os.path.abspath(path), name)
             if owner != name:
                 raise ValueError(
-                    f"data.path: {file['path']} is in source {owner} and in source {name}; put it into one of them "
+                    f"data.path: {path} is in source {owner} and in source {name}; put it into one of them "
                     "and give that a larger weight"
                 )
 

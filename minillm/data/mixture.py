@@ -40,15 +40,14 @@ def shares(
     if weights is not None:
         parts = [weight / max(weights) for weight in weights]
     else:
-        logs = [math.log(size) / (temperature or 1.0) for size in sizes]
-        parts = [math.exp(log - max(logs)) for log in logs]
+        largest = max(sizes)
+        parts = [math.exp((math.log(size) - math.log(largest)) / (temperature or 1.0)) for size in sizes]
     return [part / sum(parts) for part in parts]
 
 
 def whole_places(wanted: Sequence[float], places: int = PLACES) -> list[int]:
     """Shares as whole places that add up: the largest remainders are rounded up, and each source has at least one."""
-    if len(wanted) > places:
-        raise ValueError(f"data.sources: {len(wanted)} sources; a mixture has at most {places}")
+    refuse_too_many(len(wanted), places)
     exact = np.array(wanted) * places
     counts = np.maximum(1, np.floor(exact).astype(np.int64))
     while counts.sum() < places:
@@ -56,6 +55,12 @@ def whole_places(wanted: Sequence[float], places: int = PLACES) -> list[int]:
     while counts.sum() > places:
         counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
     return counts.tolist()
+
+
+def refuse_too_many(n_sources: int, places: int = PLACES) -> None:
+    """Raises ValueError where there are not places enough for each source to have one."""
+    if n_sources > places:
+        raise ValueError(f"data.sources: {n_sources} sources; a mixture has at most {places}")
 
 
 def held_out(sources: list[Source]) -> list[Source]:
@@ -68,7 +73,7 @@ def say_use(sources: Sequence[Source], rows: Sequence[SourceRows], samples: int)
     for source, its_rows in zip(sources, rows):
         passes = samples * source.share / its_rows.per_epoch
         logger.info(
-            "source %s: %.1f%% of the samples, %s tokens to train on, read %.3g times",
+            "source %s: %.3g%% of the samples, %s tokens to train on, read %.3g times",
             *(source.name, 100 * source.share, f"{source.prepared.train.n_tokens:,}", passes),
         )
         if round(passes) > MOST_PASSES:

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ from minillm.data.store import FORMAT, Prepared, TokenStore, is_prepared, json_h
 from minillm.data.store import verify as verify_tokens
 from minillm.data.text import named_files
 from minillm.data.tokenise import Reading, counted, tokenise
-from minillm.data.workers import Workers
+from minillm.data.workers import Workers, count_workers
 from minillm.data.writing import StaleError
 from minillm.files import BusyError, explained, locked, sha256, write_atomically
 from minillm.tokenizer import Tokenizer
@@ -142,8 +141,7 @@ def write(directory: Path, identity: dict, config: DataConfig, tokenizer: Tokeni
     """Write the folder, or the rest of it; its index."""
     files = [(file["path"], file["split"]) for file in identity["files"]]
     size = sum(file["size"] for file in identity["files"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n_workers = config.workers or (1 if size <= SMALL_CORPUS else cores)
+    n_workers = count_workers(config.workers, size, SMALL_CORPUS)
     with explained(directory), partial_work(directory) as work, Workers(n_workers) as workers:
         reading = Reading(files, size, config, workers, progress)
         counts = counted(reading, work)

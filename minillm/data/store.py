@@ -139,6 +139,8 @@ def verify(directory: str | Path) -> None:
 def read_index(directory: Path) -> dict:
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such folder; `minillm data prepare` makes one")
+    if not (directory / "index.json").exists():
+        raise ValueError(f"{directory}: no prepared tokens there (no index.json); `minillm data prepare` makes them")
     index = read_json(directory / "index.json")
     if index.get("format") != FORMAT:
         found = f"format {index.get('format')!r}, expected {FORMAT!r}"

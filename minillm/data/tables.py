@@ -11,6 +11,7 @@ from typing import BinaryIO
 MAX_LINE = 2**24  # bytes of a line of .csv, and characters of a field: 16 MiB, for which the parser takes 64
 ROWS = 64  # of .parquet, decoded at a time
 BUFFER = 2**20  # bytes of .parquet read at a time
+OTHER_SEPARATORS = "\t;|"
 
 Rows = Iterator[tuple[list[int], list[str]]]  # (numbers, texts): as many rows at a time as fill a batch
 
@@ -121,5 +122,7 @@ def column_of(names: list[str], field: str, place: str) -> int:
     """The number of the column that holds the text."""
     if names.count(field) != 1:
         what = "is there more than once" if field in names else "is missing"
-        raise ValueError(f'{place}: column "{field}" {what} (found: {", ".join(names)}); set data.text_field')
+        other = next((sign for sign in OTHER_SEPARATORS if len(names) == 1 and field in names[0].split(sign)), None)
+        advice = f"separate columns by commas, not {other!r}" if other else "set data.text_field"
+        raise ValueError(f'{place}: column "{field}" {what} (found: {", ".join(names)}); {advice}')
     return names.index(field)

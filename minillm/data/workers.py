@@ -34,6 +34,12 @@ serve({handle})
 """
 
 
+def count_workers(wanted: int | None, size: int, small: int) -> int:
+    """How many processes work on so many bytes: as many as are wanted; else one up to `small`, then one a core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return wanted or (1 if size <= small else cores)
+
+
 class Outcome(NamedTuple):
     """What became of a task: its result, or the error to raise when its turn comes."""
 

@@ -1,16 +1,12 @@
 """The files that cleaning writes: rows of JSONL in parts of a bounded size, and the rows that were dropped."""
 
-import glob
 import gzip
-import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
-
-from minillm.files import is_alive
 
 PART = 2**28  # bytes of a part, before it is packed
 RECORDS, SIGNATURES, DROPPED = "records.bin", "signatures.bin", "dropped.jsonl"
@@ -73,15 +69,3 @@ def bar(title: str, total: int, unit: str, progress: bool | None) -> tqdm:
     """A progress bar; None: where there is a terminal."""
     disable = None if progress is None else not progress
     return tqdm(total=total, unit=unit, unit_scale=True, desc=title, disable=disable, leave=False)
-
-
-def free_directory(out: str | Path) -> Path:
-    """The path of a directory to write, what killed processes left of it removed. Raises ValueError if it is there."""
-    out = Path(out)
-    for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-        process = leftover.suffixes[-2][1:]
-        if process.isdigit() and not is_alive(int(process)):
-            shutil.rmtree(leftover, ignore_errors=True)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"out: {out} is {'not empty' if out.is_dir() else 'a file'}; choose another folder")
-    return out

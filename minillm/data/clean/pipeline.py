@@ -23,13 +23,13 @@ from minillm.data.clean.config import CleanConfig
 from minillm.data.clean.contamination import NgramIndex, index_tests
 from minillm.data.clean.merge import find_shards, merge_shards
 from minillm.data.clean.minhash import N_PERM
-from minillm.data.clean.output import RECORDS, SIGNATURES, DroppedRows, Parts, bar, free_directory
+from minillm.data.clean.output import RECORDS, SIGNATURES, DroppedRows, Parts, bar
 from minillm.data.clean.report import Report
 from minillm.data.clean.sift import groups, sift, whole_texts
 from minillm.data.config import SharedTextConfig
 from minillm.data.text import Block, blocks, named_files
-from minillm.data.workers import Workers
-from minillm.files import atomic_directory
+from minillm.data.workers import Workers, count_workers
+from minillm.files import atomic_directory, free_directory
 
 logger = logging.getLogger("minillm")
 
@@ -98,7 +98,7 @@ def write_shard(
     start, stop = bounds(files, share)
     work = partial(sift, data, config, tests, N_PERM if config.near else 0)
     with (
-        Workers(count_workers(data, stop - start)) as workers,
+        Workers(count_workers(data.workers, stop - start, SMALL)) as workers,
         Parts(directory, config.compress) as parts,
         open(directory / RECORDS, "wb") as records,
         open(directory / SIGNATURES, "wb") as marks,
@@ -181,9 +181,3 @@ def parse_share(text: str) -> Share:
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise ValueError(f"shard: {text!r} is no share; give i/n with i from 1 to n, such as 1/4")
     return Share(int(match[1]), int(match[2]))
-
-
-def count_workers(data: SharedTextConfig, size: int) -> int:
-    """How many processes work."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return data.workers or (1 if size <= SMALL else cores)
