@@ -235,6 +235,10 @@ def test_nothing_is_overwritten_and_a_shard_is_made_once(corpus):
     clean_shard(data, CleanConfig(), "shards", "2/2")
     with pytest.raises(ValueError, match="settings are not those of"):
         merge("shards", "merged")
+    clean_shard(data, CONFIG, "others", "1/2")
+    clean_shard(DataConfig(path="in/a.jsonl"), CONFIG, "others", "2/2")
+    with pytest.raises(ValueError, match="shard-2-of-2: its files are not those of"):
+        merge("others", "merged")
     with pytest.raises(ValueError, match="no shards there"):
         merge("in", "merged")
     assert not Path("merged").exists()

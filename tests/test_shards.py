@@ -18,8 +18,8 @@ import pytest
 
 from minillm.data import shards, store, text, tokenise, writing
 from minillm.data.config import DataConfig
-from minillm.data.shards import describe, open_prepared, prepare
-from minillm.data.store import verify
+from minillm.data.shards import describe, prepare
+from minillm.data.store import open_prepared, verify
 from minillm.data.workers import Workers
 from minillm.files import locked
 from minillm.tokenizer import ByteTokenizer, TokenizerConfig, train_tokenizer
@@ -572,7 +572,7 @@ def test_another_tokenizer_is_refused_with_both_hashes(prepared):
 def test_a_folder_with_an_index_of_its_own_is_text(tmp_path, index):
     config = setup(tmp_path, "one", name="corpus/a.txt")
     (tmp_path / "corpus" / "index.json").write_text(index)
-    assert not shards.is_prepared(tmp_path / "corpus")
+    assert not store.is_prepared(tmp_path / "corpus")
     config = dataclasses.replace(config, path=str(tmp_path / "corpus"), val="0")
     if index == '"a text':
         with pytest.raises(ValueError, match=r"index\.json:1: a list"):
@@ -584,7 +584,7 @@ def test_a_folder_with_an_index_of_its_own_is_text(tmp_path, index):
 def test_a_damaged_index_is_still_known_for_that_of_tokens(prepared):
     path = prepared.directory / "index.json"
     path.write_text(path.read_text()[:-20])
-    assert shards.is_prepared(prepared.directory)
+    assert store.is_prepared(prepared.directory)
     with pytest.raises(ValueError, match=r"index\.json:\d+: not valid JSON"):
         prepare(DataConfig(path=str(prepared.directory)), BYTES)
 

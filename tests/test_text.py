@@ -353,6 +353,13 @@ def test_damaged_parquet_is_named(tmp_path):
         assert error_of(write(path, damaged)).startswith(f"{path}: the parquet data is damaged or cut short: ")
 
 
+def test_a_letter_changed_in_parquet_with_checksums_is_noticed(tmp_path):
+    settings = {"write_page_checksum": True, "compression": "none", "use_dictionary": False}
+    path = write_parquet(tmp_path / "a.parquet", {"text": ["a red hen"]}, **settings)
+    path.write_bytes(path.read_bytes().replace(b"a red hen", b"a bed hen"))
+    assert "the parquet data is damaged" in error_of(path)
+
+
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = write(tmp_path / "a.parquet", b"PAR1")

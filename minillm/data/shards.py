@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minillm.data.config import DataConfig, val_fraction
 from minillm.data.partial import name_leftovers, partial_folder, partial_work
-from minillm.data.store import FORMAT, Prepared, TokenStore, is_prepared, json_hash, open_prepared
+from minillm.data.store import FORMAT, Prepared, is_prepared, json_hash, open_prepared
 from minillm.data.store import verify as verify_tokens
 from minillm.data.text import named_files
 from minillm.data.tokenise import Reading, counted, tokenise
@@ -18,8 +18,6 @@ from minillm.data.workers import Workers, count_workers
 from minillm.data.writing import StaleError
 from minillm.files import BusyError, explained, locked, sha256, write_atomically
 from minillm.tokenizer import Tokenizer
-
-__all__ = ["Prepared", "TokenStore", "changed_files", "describe", "is_prepared", "open_prepared", "prepare"]
 
 logger = logging.getLogger("minillm")
 

@@ -79,7 +79,7 @@ class CleanConfig:
     )
     unicode: Annotated[Literal["nfc", "nfkc", "none"], "Unicode normal form of the text"] = "nfc"
     spaces: Annotated[bool, "runs of spaces inside a line as one, at most one blank line, no spaces at its end"] = True
-    max_bytes: Annotated[int, "longer documents are dropped, and never held whole", ">= 1, < 4294967296"] = 2**26
+    max_bytes: Annotated[int, "longer documents are dropped, and never held whole", ">= 1, < 4294967296"] = 2**24
     # basic
     max_broken: Annotated[Share, "share of characters U+FFFD or UTF-8 read as Latin-1, at most", ">= 0"] = 0.001
     scripts: Annotated[list[str], "scripts that min_script_share asks for, such as Latin,Han; []: any"] = field(
