@@ -71,6 +71,15 @@ def test_metrics_are_averaged_by_their_own_counts():
     assert result["val_rows"] == 3 * 5 / 4
 
 
+def test_all_figures_are_of_the_loss_that_is_reported():
+    """Not of what is minimised, which may be more."""
+    model, token_bytes = Transformer(CONFIG), torch.full((50,), 2)
+    plain = evaluate(model, batches(2, 3), OBJECTIVE, token_bytes)
+    penalised = evaluate(model, batches(2, 3), NextToken(vocab_size=50, label_smoothing=0.3, z_loss=0.1), token_bytes)
+    assert penalised.pop("val_z_loss") > 0
+    assert penalised == pytest.approx(plain, rel=1e-6)
+
+
 def test_the_model_is_evaluated_without_dropout_and_left_as_it_was():
     model = Transformer(CONFIG).train()
     model.blocks[0].eval()

@@ -41,7 +41,8 @@ def evaluate(
     with evaluation_mode(model):
         for batch in batches:
             loss_sum, metrics = objective(model, batch)
-            parts = {"loss": loss_sum, "units": objective.count(batch)}
+            reported, _ = metrics.get("loss", (loss_sum, None))  # where that is not what is minimised
+            parts = {"loss": reported, "units": objective.count(batch)}
             if token_bytes is not None:
                 parts["bytes"] = token_bytes[batch.targets[batch.targets != IGNORE_INDEX]].sum()
             for name, (metric_sum, count) in metrics.items():
