@@ -69,8 +69,8 @@ def estimate(config: ModelConfig, optim: OptimConfig, setting: Setting) -> Memor
     mode, tokens, number = setting.activation_checkpointing, setting.rows * setting.seq_len, number_bytes(setting)
     count, moments = parameter_count(config), moment_bytes(config, optim.name, optim.momentum)
     weights = gradients = FP32 * count.total
-    if setting.precision != "fp32":  # autocast makes a copy of each matrix and keeps it until the step is over
-        weights += number * count.matmul
+    # autocast makes a copy of each matrix, which is kept until the backward pass has used it
+    copies = 0 if setting.precision == "fp32" else number * count.matmul
     attention, rest = block_bytes(config, setting)
     kept = {"none": attention + rest, "selective": FP32 * config.dim + rest, "full": FP32 * config.dim}[mode]
     again = {"none": 0, "selective": attention, "full": attention + rest}[mode]
@@ -82,11 +82,12 @@ def estimate(config: ModelConfig, optim: OptimConfig, setting: Setting) -> Memor
     rows = FP32 * config.dim * tokens
     chunk_tokens = default_chunk_tokens(tokens, config.vocab_size, torch.device(setting.device_type))
     logits = chunk_tokens * config.vocab_size * (FP32 if number == FP32 else FP32 + number)
-    at_the_loss = activations + head + rows + max(logits, working) + (gradients if setting.accumulates else 0)
+    earlier = gradients if setting.accumulates else 0
+    at_the_loss = copies + activations + head + rows + max(logits, working) + earlier
     # at the end all gradients are there; of tied tables, that of the embedding beside that of the head
     at_the_end = gradients + working + (head if config.tie_embeddings else 0)
     peak = weights + moments + max(at_the_loss, at_the_end)
-    return Memory(weights, moments, gradients, activations + working, head + rows + logits, peak)
+    return Memory(weights + copies, moments, gradients, activations + working, head + rows + logits, peak)
 
 
 def number_bytes(setting: Setting) -> int:

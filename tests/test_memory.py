@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from minillm.data.batch import Batch
 from minillm.distributed.context import free_memory
 from minillm.distributed.parallelize import parallelize
+from minillm.log import OutOfMemory, memory_explained
 from minillm.memory import Setting, alternatives, estimate, memory_advice, usable
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -78,7 +79,7 @@ def measured_peak(config, optim, setting):
         ({}, {}),
         ({}, {"seq_len": 512}),
         ({"n_kv_heads": 2}, {}),
-        ({"qk_norm": True}, {}),
+        ({"qk_norm": True, "head_dim": 64}, {}),
         (GPT2, {}),
         ({"mlp": "geglu"}, {}),
         ({"mlp": "relu2"}, {}),
@@ -86,6 +87,9 @@ def measured_peak(config, optim, setting):
         ({"tie_embeddings": False, "vocab_size": 8000}, {}),
         ({"vocab_size": 8000}, {"accumulates": True}),
         ({"dim": 256, "ffn_dim": 688}, {"rows": 1, "seq_len": 16}),
+        ({"dim": 256, "ffn_dim": 688}, {"rows": 1, "seq_len": 128, "accumulates": True}),
+        ({"dim": 256, "ffn_dim": 688}, {"rows": 1, "seq_len": 16, "precision": "bf16"}),
+        ({"dim": 256, "ffn_dim": 688}, {"rows": 1, "seq_len": 64, "precision": "bf16", "accumulates": True}),
         ({}, {"activation_checkpointing": "selective"}),
         ({"n_layers": 12}, {"activation_checkpointing": "full"}),
         ({}, {"precision": "bf16"}),
@@ -97,7 +101,8 @@ def measured_peak(config, optim, setting):
 def test_the_estimate_is_within_a_tenth_of_what_is_measured(shape, setting):
     config = ModelConfig(**{**SHAPE, **shape})
     setting, optim = Setting(**{"rows": 2, "seq_len": 256, **setting}), OptimConfig(lr=1e-3)
-    assert estimate(config, optim, setting).peak == pytest.approx(measured_peak(config, optim, setting), rel=0.1)
+    within = 0.1 if setting.seq_len == 512 else 0.05  # attention in slices keeps masks, which are not counted
+    assert estimate(config, optim, setting).peak == pytest.approx(measured_peak(config, optim, setting), rel=within)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
@@ -125,6 +130,7 @@ def test_the_advice_changes_the_least_that_fits():
     rows = int(mode.split()[1])
     selective = {"activation_checkpointing": "selective"}
     assert peak(rows, **selective) < peak(1) < peak(rows + 1, **selective)
+    assert "--optim.name muon" in advised(peak(1, activation_checkpointing="full") - 10**5)
     nothing = memory_advice(config, optim, setting, 10**8)
     assert "no setting fits" in nothing
     assert "model.dim" in nothing
@@ -142,6 +148,19 @@ def test_free_memory_is_known_and_no_more_than_there_is():
     if free is None:
         pytest.skip("this system does not tell")
     assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_what_filled_the_memory_is_free_when_advice_is_asked_for():
+    """The frames of the error hold it, and the advice builds a model, if only of shapes."""
+    filled = []
+
+    def fill():
+        tensor = torch.zeros(1)
+        filled.append(weakref.ref(tensor))
+        raise MemoryError
+
+    with pytest.raises(OutOfMemory, match="free: True"), memory_explained(lambda: f"free: {filled[0]() is None}"):
+        fill()
 
 
 LIMITED = """

@@ -1,6 +1,7 @@
 """A lack of memory, told in one line."""
 
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -35,9 +36,8 @@ def memory_explained(advice: Callable[[], str] | None) -> Iterator[None]:
     """Turn a lack of memory inside the block into OutOfMemory with that advice, which is asked for only then."""
     try:
         yield
-        return
     except (RuntimeError, MemoryError) as error:
         if advice is None or isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
-        lacking = error.with_traceback(None)  # its frames hold the tensors that filled the memory
-    raise OutOfMemory(out_of_memory(lacking, advice())) from lacking
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
+        raise OutOfMemory(out_of_memory(error, advice())) from error
