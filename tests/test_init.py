@@ -12,6 +12,7 @@ from minillm.model.init import init_weights, initial_weight
 from minillm.model.transformer import Transformer
 
 SHAPE = {"vocab_size": 500, "dim": 64, "n_layers": 2, "n_heads": 4}
+NORMS = ("rmsnorm", "rmsnorm_plus_one")
 EVERYTHING = ModelConfig(
     **SHAPE, norm="layernorm", position="learned", qk_norm=True, qkv_bias=True, o_bias=True, mlp_bias=True
 )
@@ -99,6 +100,13 @@ def untrained(dim, n_layers, tie_embeddings):
     model.norm.register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0]))
     logits = model(torch.randint(0, 500, (4, 32), generator=torch.Generator().manual_seed(0)))
     return stream[0].square().mean().sqrt().item(), logits
+
+
+def test_a_norm_that_adds_one_begins_as_the_one_that_does_not():
+    tokens = torch.arange(20)[None]
+    plain, plus_one = (Transformer(ModelConfig(**SHAPE, norm=norm, qk_norm=True)) for norm in NORMS)
+    assert not plus_one.norm.weight.any()
+    torch.testing.assert_close(plus_one(tokens), plain(tokens))
 
 
 def test_a_parameter_without_a_rule_is_an_error():

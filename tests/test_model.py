@@ -276,11 +276,13 @@ def test_rope_depends_on_distance_alone():
 
 @pytest.mark.parametrize("scaling", ["linear", "llama3", "yarn"])
 @pytest.mark.parametrize(("head_dim", "theta", "factor"), [(64, 1e4, 4.0), (128, 5e5, 32.0), (16, 1e4, 1.0)])
-def test_stretched_rope_equals_transformers(scaling, head_dim, theta, factor):
+@pytest.mark.parametrize("original_len", [2048, 64])
+def test_stretched_rope_equals_transformers(scaling, head_dim, theta, factor, original_len):
     transformers = pytest.importorskip("transformers", reason="the reference library, extra `test`")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope = {"rope_type": scaling, "rope_theta": theta, "factor": factor, "original_max_position_embeddings": 2048}
+    rope = {"rope_type": scaling, "rope_theta": theta, "factor": factor}
+    rope["original_max_position_embeddings"] = original_len
     if scaling == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     theirs = transformers.LlamaConfig(
@@ -288,7 +290,7 @@ def test_stretched_rope_equals_transformers(scaling, head_dim, theta, factor):
     )
     frequencies, length = ROPE_INIT_FUNCTIONS[scaling](theirs, "cpu")
     positions = torch.tensor([[0, 1, 7, 2047, 8000]])
-    ours = Rope(positions, head_dim, theta, RopeScaling(scaling, factor, 2048))
+    ours = Rope(positions, head_dim, theta, RopeScaling(scaling, factor, original_len))
     angles = positions[:, None, :, None] * frequencies
     torch.testing.assert_close(ours.cos, length * angles.cos(), atol=2e-3, rtol=1e-4)
     torch.testing.assert_close(ours.sin, length * angles.sin(), atol=2e-3, rtol=1e-4)
