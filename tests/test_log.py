@@ -122,3 +122,15 @@ def test_another_error_of_the_program_is_no_lack_of_memory():
 
     with pytest.raises(RuntimeError, match="a bug"):
         run_command(fail, [])
+
+
+def test_a_compiler_that_is_missing_is_one_line_that_names_the_option(capsys):
+    from torch._inductor import exc
+
+    def fail(argv):
+        raise exc.InvalidCxxCompiler
+
+    assert run_command(fail, []) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: torch.compile fails here: No working C++ compiler found")
+    assert "leave train.compile false, or see what `minillm doctor` says" in line

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from minillm.log.memory import is_out_of_memory, out_of_memory
 
+COMPILER = ("torch._inductor", "torch._dynamo")  # by name: to import it takes seconds
 LOGGER = logging.getLogger("minillm")
 
 
@@ -62,11 +63,23 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        memory = is_out_of_memory(error)
-        if debug or (isinstance(error, RuntimeError) and not memory):
+        line = one_line(error)
+        if debug or line is None:
             raise
-        print(f"error: {out_of_memory(error) if memory else error or type(error).__name__}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def one_line(error: Exception) -> str | None:
+    """What to tell a user of an error; None where it may be a bug, for which the traceback is needed."""
+    if is_out_of_memory(error):
+        return out_of_memory(error)
+    if type(error).__module__.startswith(COMPILER):
+        said = str(error).partition("\n")[0]
+        return f"torch.compile fails here: {said}; leave train.compile false, or see what `minillm doctor` says of it"
+    if isinstance(error, RuntimeError):
+        return None
+    return str(error) or type(error).__name__
