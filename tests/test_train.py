@@ -19,9 +19,10 @@ import torch
 import minillm
 import train
 from minillm import checkpoint, cli
+from minillm.config import Layer
 from minillm.data.prompts import beginnings
 from minillm.log import read_metrics, run_command
-from minillm.recipe import fitting, read_layers
+from minillm.recipe import fitting, other_shape, read_layers
 from minillm.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -692,6 +693,14 @@ def test_what_contradicts_the_weights_is_refused(source, capsys, words, problem)
     assert "Traceback" not in error
     assert not Path("runs/new").exists()
     assert weights("runs/small") == before
+
+
+def test_learned_positions_are_weights_of_which_there_are_as_many_as_there_are():
+    given = [Layer("command line", {"model.max_seq_len": "128"})]
+    shape = minillm.ModelConfig(vocab_size=8, max_seq_len=64)
+    assert not other_shape(given, shape, "runs/old")
+    (problem,) = other_shape(given, dataclasses.replace(shape, position="learned"), "runs/old")
+    assert problem == "model.max_seq_len: 128 is given, but runs/old has 64; leave it out"
 
 
 def test_a_saved_folder_in_half_precision_can_be_started_from(source):
