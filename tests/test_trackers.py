@@ -180,6 +180,17 @@ def test_the_picture_is_drawn_at_the_end_and_shows_earlier_rows_of_a_resumed_run
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_of_a_long_run_is_drawn_on_the_way(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="extra plot")
+    picture = trackers.CurvesPicture(tmp_path / "curves.png")
+    picture.begin(0)
+    picture.write({"step": 1, "loss": 2.0})
+    assert not picture.path.exists()
+    monkeypatch.setattr(trackers, "PICTURE_SECONDS", 0)
+    picture.write({"step": 2, "loss": 1.0})
+    assert picture.path.exists()
+
+
 def test_without_matplotlib_there_is_no_picture_and_no_error(tmp_path, monkeypatch):
     for module in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
