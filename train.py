@@ -298,6 +298,9 @@ def report(
                 f"  source {name}: val loss {summary[f'val_loss/{name}']:.4f} "
                 f"({summary[f'val_bpb/{name}']:.3f} bits per byte)"
             )
+    if config.train.patience is not None and summary["best_step"] not in (None, summary["step"]):
+        best = f"val loss {summary['best_val_loss']:.4f} at step {summary['best_step']}"
+        print(f"  best: {best}; minillm.load({str(run.path)!r}, step={summary['best_step']}) reads its weights")
     words = " ".join(tokenizer.decode(prompts[0][1]).split())
     print(
         f"\nnext:  minillm generate {run.path} --prompt {shlex.quote(words)} --temperature 0.8\n"

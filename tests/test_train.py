@@ -733,6 +733,15 @@ def test_a_tracker_whose_extra_is_missing_is_named_before_anything_is_written(wo
     assert sorted(path.name for path in workplace.iterdir()) == ["small.toml", "text.txt"]
 
 
+def test_the_best_weights_of_a_run_that_lost_patience_are_named(workplace, capsys):
+    assert run("--optim.lr", 1, "--train.max_steps", 12, "--train.eval_every", 1, "--train.patience", 2) == 0
+    summary = json.loads(Path("runs/small/summary.json").read_text())
+    assert summary["stopped_by"] == "train.patience"
+    call = re.search(r"best: val loss .*; minillm\.load\('(.*)', step=(\d+)\) reads", capsys.readouterr().out)
+    assert (call[1], int(call[2])) == ("runs/small", summary["best_step"])
+    minillm.load(call[1], step=int(call[2]))
+
+
 def test_a_run_draws_its_curves(workplace):
     pytest.importorskip("matplotlib", reason="extra plot")
     assert run("--log.curves", "true") == 0

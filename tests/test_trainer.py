@@ -425,6 +425,18 @@ def test_patience_ends_a_run_that_gains_nothing_more(tmp_path):
     assert checkpoint.latest(tmp_path / "checkpoints").name == "step-00000004"
 
 
+@pytest.mark.parametrize(
+    ("save", "kept"),
+    [({"save_every": 1, "keep_last": 1}, [4, 10]), ({"save_every": 100, "keep_last": 2}, [2, 4, 10])],
+)
+def test_the_weights_that_patience_has_waited_with_can_be_loaded(tmp_path, save, kept):
+    """However many checkpoints came later, and although none was due at that step."""
+    found = evaluations(3.0, 2.0, 4.0, 5.0, 6.0)
+    make_trainer(prepared(tmp_path), steps=12, evaluate=found, patience=3, eval_every=2, **save).fit()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{step:08d}" for step in kept]
+
+
 def test_patience_is_remembered_and_may_be_lengthened(tmp_path):
     make_trainer(prepared(tmp_path), patience=2, eval_every=1, evaluate=evaluations(1.0, 2.0, 2.0)).fit()
     again = make_trainer(tmp_path, patience=2, eval_every=1, evaluate=evaluations())

@@ -18,8 +18,17 @@ TEMPORARY = re.compile(r"\.step-\d{8,}(?:\.old)?\.(\d+)\.tmp")
 logger = logging.getLogger("minillm")
 
 
-def save(directory: str | Path, step: int, tensors: Mapping[str, Tensor], state: dict, keep_last: int = 0) -> Path:
+def save(
+    directory: str | Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: dict,
+    keep_last: int = 0,
+    best_step: int | None = None,
+) -> Path:
     """Write `directory/step-XXXXXXXX` atomically and return it; then keep only the newest `keep_last` (0: all).
+
+    That of `best_step` is kept beside them.
 
     Only checkpoints that verify count towards `keep_last`. What the new one replaces is removed: that of the same
     step, and those of later steps, which belong to a history that was given up by resuming before them. Nothing is
@@ -43,7 +52,7 @@ def save(directory: str | Path, step: int, tensors: Mapping[str, Tensor], state:
             if old.exists() and not path.exists():
                 old.rename(path)
             raise
-    evict(path, keep_last)
+    evict(path, keep_last, best_step)
     return path
 
 
@@ -71,8 +80,8 @@ def is_valid(path: Path, skip: str | None = None) -> bool:
     return True
 
 
-def evict(newest: Path, keep_last: int) -> None:
-    """Remove what `newest` replaces, and what is beyond the last `keep_last` that verify.
+def evict(newest: Path, keep_last: int, best_step: int | None = None) -> None:
+    """Remove what `newest` replaces, and what is beyond the last `keep_last` that verify, but not that of `best_step`.
 
     `newest` counts unread, having been hashed as it was written.
     """
@@ -80,8 +89,10 @@ def evict(newest: Path, keep_last: int) -> None:
     for path in found[: found.index(newest)]:
         logger.info("%s: removed, the run went on from before it", path)
         remove(path)
-    kept = 1
+    kept, best = 1, None if best_step is None else f"step-{best_step:08d}"
     for path in found[found.index(newest) + 1 :]:
+        if path.name == best:
+            continue
         if path.name == f"{newest.name}.old" or kept == keep_last:
             remove(path)
         elif keep_last:

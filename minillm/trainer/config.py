@@ -30,7 +30,7 @@ class TrainConfig:
     compile: Annotated[bool, "compile each block (minutes at the start, faster steps after)"] = False
     eval_every: Annotated[int | None, "steps between evaluations; none: ten a run", ">= 1"] = None
     save_every: Annotated[int | None, "steps between checkpoints; none: five a run", ">= 1"] = None
-    keep_last: Annotated[int, "checkpoints kept", ">= 1"] = 2
+    keep_last: Annotated[int, "checkpoints kept; under patience also the best", ">= 1"] = 2
     patience: Annotated[int | None, "stop after so many evaluations in a row without a better val_loss", ">= 1"] = None
     spike: Annotated[
         Literal["off", "report", "skip"], "a loss or gradient norm far above the usual: nothing, a report, no update"

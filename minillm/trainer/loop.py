@@ -221,7 +221,7 @@ class Trainer:
                 save = self.unsaved and at.step % config.save_every == 0  # what is saved already evicts nothing
                 if evaluate or save or at.step % self.log_every == 0 or self.over():
                     self.report(log, self.row(figures, clock), evaluate)
-                if save:
+                if save or (self.unsaved and at.step == self.best_step):
                     self.save_if_kept()
                     saved_at = at.step
             if at.step != saved_at or at.unevaluated:
@@ -239,6 +239,11 @@ class Trainer:
     def over(self) -> bool:
         """True at the last step, when the hours are over, and when patience is."""
         return self.limit() is not None
+
+    @property
+    def best_step(self) -> int | None:
+        """The step that patience waits for a better one than, and whose checkpoint is therefore kept."""
+        return None if self.config.patience is None else self.progress.best_step
 
     def limit(self) -> str | None:
         """What has ended the run; None while nothing has."""
@@ -316,7 +321,8 @@ class Trainer:
             **self.identity,
         }
         keep_last = self.config.keep_last if keep_last is None else keep_last
-        path = checkpoint.save(self.run.checkpoints, self.progress.step, self.tensors(), state, keep_last)
+        at, tensors = self.progress.step, self.tensors()
+        path = checkpoint.save(self.run.checkpoints, at, tensors, state, keep_last, self.best_step)
         self.unsaved = False
         return path
 
