@@ -137,6 +137,16 @@ def test_rows_are_cut_into_parts_and_packed(corpus, monkeypatch):
     assert b"".join(part.read_bytes() for part in parts) == Path("one/part-00000.jsonl").read_bytes()
     packed = sorted(Path("packed").glob("part-*.jsonl.gz"))
     assert [gzip.decompress(path.read_bytes()) for path in packed] == [part.read_bytes() for part in parts]
+    assert {path.read_bytes()[4:8] for path in packed} == {bytes(4)}  # no time: the same rows are the same bytes
+
+
+def test_broken_characters_are_counted_before_normalisation_takes_a_part_of_them_away(place):
+    broken = story(1) + " “Ran”".encode().decode("latin-1") * 3
+    assert "\x80" in broken
+    write_rows(Path("in.jsonl"), [broken, story(2)])
+    report = clean(DataConfig(path="in.jsonl"), CleanConfig(), "out")
+    assert report.dropped["max_broken"].examples[0].startswith("in.jsonl:1 ")
+    assert report.kept == 1
 
 
 @pytest.mark.parametrize("n", [1, 3, 7])
