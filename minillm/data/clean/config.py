@@ -6,7 +6,7 @@ A threshold stands here once, with the value of its source; `none` switches its 
 
 import dataclasses
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -146,40 +146,44 @@ class CleanConfig:
             *(f"rules: {name!r} is no rule{nearest(name, RULE_NAMES)}" for name in set(self.rules) - RULE_NAMES),
             *(f"privacy: {name!r} is no kind{nearest(name, KINDS)}" for name in set(self.privacy) - set(KINDS)),
             *(f"scripts: {name!r} is no script{nearest(name, NAMES)}" for name in set(self.scripts) - set(NAMES)),
+            *self.idle(self.chosen()),
+            *self.impossible(self.chosen()),
         ]
-        chosen = self.chosen()
+        if problems:
+            raise ValueError("\n".join(sorted(problems)))
+
+    def idle(self, chosen: set[str]) -> Iterator[str]:
+        """What is wrong with settings that would have no effect."""
         for option in dataclasses.fields(self):
             if option.name in ALL_RULES - chosen and getattr(self, option.name) not in (default_of(option), None):
-                family = next(name for name, rules in FAMILIES.items() if option.name in rules)
-                problems.append(
-                    f"{option.name}: its rule is not in use; add {option.name} or its family, {family}, to clean.rules"
-                )
+                family = next(family for family, rules in FAMILIES.items() if option.name in rules)
+                advice = f"add {option.name} or its family, {family}, to clean.rules"
+                yield f"{option.name}: its rule is not in use; {advice}"
         for words, rule, family in (
             ("scripts", "min_script_share", "basic"),
             ("stop_words", "min_stop_words", "gopher"),
         ):
             if rule not in chosen and getattr(self, words) not in ([], STOP_WORDS):
-                problems.append(
-                    f"{words}: their rule is not in use; add {rule} or its family, {family}, to clean.rules"
-                )
+                yield f"{words}: their rule is not in use; add {rule} or its family, {family}, to clean.rules"
         for name in ("stop_words", "line_phrases"):
-            capital = [word for word in getattr(self, name) if word != word.lower()]
-            problems += [f"{name}: {word!r} is not in lower case, so it would never be found" for word in capital[:1]]
-        if "min_stop_words" in chosen and (self.min_stop_words or 0) > (given := len(set(self.stop_words))):
-            problems.append(
-                f"min_stop_words: is {self.min_stop_words}, and clean.stop_words has {given}; no text would be kept"
-            )
+            capital = next((word for word in getattr(self, name) if word != word.lower()), None)
+            if capital is not None:
+                yield f"{name}: {capital!r} is not in lower case, so it would never be found"
+        for name in ("against_field", "against_share"):
+            if self.against is None and getattr(self, name):
+                yield f"{name}: is for test files; name them in clean.against"
+        if not self.privacy and self.placeholder != PLACEHOLDER:
+            yield "placeholder: nothing is replaced where clean.privacy is []"
+
+    def impossible(self, chosen: set[str]) -> Iterator[str]:
+        """What is wrong with thresholds that no text meets."""
+        words = len(set(self.stop_words))
+        if "min_stop_words" in chosen and (self.min_stop_words or 0) > words:
+            yield f"min_stop_words: is {self.min_stop_words}, and clean.stop_words has {words}; no text would be kept"
         for low, high in (("min_words", "max_words"), ("min_word_length", "max_word_length")):
             least, most = getattr(self, low), getattr(self, high)
             if {low, high} <= chosen and None not in (least, most) and least > most:
-                problems.append(f"{low}: is {least:g} and {high} {most:g}; no text would be kept")
-        if self.against is None:
-            names = [name for name in ("against_field", "against_share") if getattr(self, name)]
-            problems += [f"{name}: is for test files; name them in clean.against" for name in names]
-        if not self.privacy and self.placeholder != PLACEHOLDER:
-            problems.append("placeholder: nothing is replaced where clean.privacy is []")
-        if problems:
-            raise ValueError("\n".join(sorted(problems)))
+                yield f"{low}: is {least:g} and {high} {most:g}; no text would be kept"
 
     def chosen(self) -> set[str]:
         """The names of the rules that `rules` asks for."""
