@@ -6,7 +6,6 @@ import pytest
 from minillm.data.clean import duplicates
 from minillm.data.clean.duplicates import (
     exact_duplicates,
-    kept,
     near_duplicates,
     open_signatures,
     text_hashes,
@@ -167,13 +166,6 @@ def test_exact_duplicates_are_found_in_parts_as_in_one(monkeypatch, tmp_path):
     monkeypatch.setattr(duplicates, "SORTED", 64)
     monkeypatch.setattr(duplicates, "BLOCK", 100)
     assert exact_duplicates(np.memmap(tmp_path / "hashes", np.uint64, "r")).tolist() == expected
-
-
-def test_the_first_or_the_longest_of_a_group_is_kept():
-    first = np.array([0, 1, 0, 1, 1, 5])
-    assert kept(first).tolist() == [True, True, False, False, False, True]
-    assert kept(first, np.array([9, 2, 9, 7, 3, 1])).tolist() == [True, False, False, True, False, True]
-    assert kept(np.arange(0)).tolist() == []
 
 
 def test_uniting_pairs_makes_the_connected_components():

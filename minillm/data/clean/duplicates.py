@@ -1,7 +1,7 @@
 """Which documents say the same: exactly, or nearly so by their MinHash signatures. For any number of them.
 
 Both answer with one array: for each document the number of the first one of its group, which is its own where it has no
-duplicate. `kept` makes of it which documents to keep.
+duplicate; so what is kept is where first == arange.
 
 Equal keys are found by sorting, a part of the range of keys at a time, so that memory grows with the corpus only by
 what a document needs: 8 bytes for the answer. The signatures of near-duplicates are a file (4 * n_perm bytes a
@@ -127,21 +127,6 @@ def near_duplicates(
     for start in range(0, len(group), BLOCK):
         find(group, np.arange(start, min(start + BLOCK, len(group))))
     return group
-
-
-def kept(first: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarray:
-    """Whether to keep each document, (documents,) bool: the first of every group, or the longest by `lengths`.
-
-    Of several that are equally long the first is kept.
-    """
-    keep = first == np.arange(len(first))
-    if lengths is not None:
-        others = np.flatnonzero(~keep)
-        members = np.union1d(others, first[others])
-        members = members[np.lexsort((members, -np.asarray(lengths, np.int64)[members], first[members]))]
-        groups = first[members]
-        keep[members] = np.diff(groups, prepend=-1) != 0
-    return keep
 
 
 # --- buckets: documents with the same key -----------------------------------------------------------------------------
