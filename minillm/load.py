@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from minillm import checkpoint
-from minillm.distributed.parallelize import parameter_names
 from minillm.files import atomic_directory, explained, read_json
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
+from minillm.tensors import parameter_names
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("minillm")

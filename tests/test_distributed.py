@@ -5,9 +5,10 @@ import torch
 
 import minillm
 from minillm.distributed.context import Context, connect, find_device, peak_flops, peak_memory
-from minillm.distributed.parallelize import parallelize, parameter_names
+from minillm.distributed.parallelize import parallelize
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
+from minillm.tensors import parameter_names
 
 CPU = torch.device("cpu")
 

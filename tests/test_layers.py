@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "minillm"
 LAYERS = [
-    ["files", "scripts"],
+    ["files", "scripts", "tensors"],
     ["config", "log", "losses", "optim", "run", "signals", "tokenizer"],
     ["model"],
     ["data", "distributed", "lora"],

@@ -3,6 +3,8 @@
 One process is the case of one rank of the same code: nothing else in the package asks how many there are.
 """
 
+import dataclasses
+import json
 import os
 import resource
 import sys
@@ -10,9 +12,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as torch_dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+Number = TypeVar("Number", int, float, torch.Tensor)
+
+AXES = ("dp_replicate", "dp_shard", "tp")
+LAUNCHED_WITH = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+POLL_SECONDS = 0.2  # between two looks at the store
 
 # Dense bf16 peaks in FLOP/s, from the makers' datasheets; the first name found in the device's name counts.
 DATASHEET_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
@@ -20,33 +32,165 @@ DATASHEET_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e1
 
 @dataclass(frozen=True)
 class Context:
-    """This process's place: data-parallel rank and size, and its device."""
+    """This process's place among the ranks, and its device.
+
+    The mesh has the axes dp_replicate, dp_shard and tp; ranks along tp compute one batch together, all others are
+    data-parallel. Numbers that live on the host are reduced on the host, so that nobody waits for a device.
+    """
 
     device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
     dp_rank: int = 0
     dp_size: int = 1
+    tp_rank: int = 0
+    tp_size: int = 1
+    mesh: DeviceMesh | None = None  # None for one process, and until the strategy is known
+    dp_group: torch_dist.ProcessGroup | None = None  # the data-parallel ranks; None: all ranks
 
     @property
     def is_main(self) -> bool:
         """True on the one rank that prints and writes what is written once."""
-        return self.dp_rank == 0
+        return self.rank == 0
 
-    def sum(self, value: torch.Tensor | float) -> torch.Tensor | float:
-        """The sum over the data-parallel ranks."""
-        return value
+    def sum(self, value: Number) -> Number:
+        """The sum over the data-parallel ranks, of the kind that it is given: int, float or tensor."""
+        return value if self.dp_size == 1 else self.reduced(value, torch_dist.ReduceOp.SUM, self.dp_group)
+
+    def max(self, value: Number) -> Number:
+        """The largest over all ranks."""
+        return value if self.world_size == 1 else self.reduced(value, torch_dist.ReduceOp.MAX)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on some rank."""
+        return bool(self.max(int(flag)))
+
+    def reduced(
+        self, value: Number, op: torch_dist.ReduceOp.RedOpType, group: torch_dist.ProcessGroup | None = None
+    ) -> Number:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().clone()
+            torch_dist.all_reduce(value, op, group)
+            return value
+        dtype = torch.int64 if isinstance(value, int) else torch.float64
+        found = torch.tensor(value, dtype=dtype)
+        torch_dist.all_reduce(found, op, group)
+        return found.item()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What JSON can spell, of every rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros((), dtype=torch.int64) for _ in range(self.world_size)]
+        torch_dist.all_gather(sizes, torch.tensor(len(data)))
+        padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
+        padded[: len(data)] = data
+        found = [torch.empty_like(padded) for _ in sizes]
+        torch_dist.all_gather(found, padded)
+        return [json.loads(bytes(one[: int(size)].numpy())) for one, size in zip(found, sizes)]
+
+    def broadcast(self, value: Any) -> Any:
+        """What JSON can spell, of rank 0, on every rank."""
+        return self.gather(value if self.is_main else None)[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.max(0)
+
+    @contextmanager
+    def main_first(self, what: str) -> Iterator[None]:
+        """Rank 0 runs the block, then the others do: for what is made once and found there by the rest.
+
+        They wait at the store, not in a collective, so that it may take hours. Raises ValueError on them where the
+        block fails on rank 0. `what` names the work; a name is used once a run.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        store, key = torch_dist.distributed_c10d._get_default_store(), f"minillm/main_first/{what}"
+        if not self.is_main:
+            while not store.check([key]):
+                time.sleep(POLL_SECONDS)
+            if failure := store.get(key).decode():
+                raise ValueError(f"rank 0 failed at {what}: {failure}")
+            yield
+            return
+        try:
+            yield
+        except BaseException as error:
+            store.set(key, f"{type(error).__name__}: {error}")
+            raise
+        store.set(key, "")
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or another launcher that sets its variables, started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
-def connect(device: str = "auto") -> Iterator[Context]:
-    """The context of this process. Raises ValueError for a device that is not there.
+def connect(device: str = "auto", timeout: float = 600.0) -> Iterator[Context]:
+    """The context of this process, from torchrun's environment; the process group ends with the block.
 
-    Args: device: "auto" (the accelerator if there is one, else the CPU) or a torch device name such as "cuda:1".
+    Args:
+        device: "auto" (the accelerator if there is one, else the CPU) or a torch device name such as "cuda:1". Of
+            several processes on a machine each takes the accelerator of its local rank.
+        timeout: seconds after which a rank that waits for the others gives up.
+
+    Raises ValueError for a device that is not there, and for an environment that is not whole.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not is_launched():
+        yield Context(find_device(device))
+        return
+    missing = [name for name in LAUNCHED_WITH if name not in os.environ]
+    if missing:
         raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training runs on one process; start it without torchrun"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start with torchrun, "
+            "which sets them all, or unset WORLD_SIZE to train on one process"
         )
-    yield Context(find_device(device))
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    place = find_local_device(device, local_rank)
+    torch_dist.init_process_group(backends_of(place), timeout=timedelta(seconds=timeout))
+    try:
+        yield Context(place, rank, world_size, local_rank, dp_rank=rank, dp_size=world_size)
+    finally:
+        torch_dist.destroy_process_group()
+
+
+def backends_of(device: torch.device) -> str:
+    """The backends for numbers on the host and for tensors on the device."""
+    if device.type == "cpu":
+        return "gloo"
+    return f"cpu:gloo,{device.type}:{torch_dist.get_default_backend_for_device(device)}"
+
+
+def find_local_device(name: str, local_rank: int) -> torch.device:
+    """The device of one of several processes on a machine: of several accelerators, that of its local rank."""
+    device = find_device(name)
+    if device.type == "cpu":
+        return device
+    count = torch.accelerator.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"run.device: {device.type} has {count} devices here, but this is local rank {local_rank}: "
+            f"start with --nproc_per_node {count}, or with --run.device cpu"
+        )
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device(device.type, local_rank)
+
+
+def with_mesh(dist: Context, dp_replicate: int, dp_shard: int, tp: int) -> Context:
+    """The context with its ranks laid out: tp innermost, where links are fastest, then dp_shard, then dp_replicate."""
+    assert dp_replicate * dp_shard * tp == dist.world_size, (dp_replicate, dp_shard, tp, dist.world_size)
+    if dist.world_size == 1:
+        return dist
+    mesh = init_device_mesh(dist.device.type, (dp_replicate, dp_shard, tp), mesh_dim_names=AXES)
+    dp_group = mesh["dp_replicate", "dp_shard"]._flatten("dp").get_group()
+    dp_rank, tp_rank = divmod(dist.rank, tp)
+    sizes = {"dp_rank": dp_rank, "dp_size": dp_replicate * dp_shard, "tp_rank": tp_rank, "tp_size": tp}
+    return dataclasses.replace(dist, **sizes, mesh=mesh, dp_group=dp_group)
 
 
 def find_device(name: str) -> torch.device:

@@ -28,9 +28,3 @@ def parallelize(
         if compile:
             block.compile()
     return model
-
-
-def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by the names they had before any wrapping; tied ones once."""
-    prefix = "_checkpoint_wrapped_module."
-    return {name.replace(prefix, ""): parameter for name, parameter in model.named_parameters()}

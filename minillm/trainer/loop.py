@@ -14,12 +14,12 @@ from torch import nn
 
 from minillm import checkpoint
 from minillm.distributed.context import Context, peak_memory
-from minillm.distributed.parallelize import parameter_names
 from minillm.log import LOGGER, Clock, RunLog, Tracker, memory_explained
 from minillm.objectives import Objective
 from minillm.optim import clip_grad_norm_, gradient_norms, optimizer_tensors
 from minillm.run import RunDirectory
 from minillm.signals import stop_requests
+from minillm.tensors import parameter_names
 from minillm.trainer.config import DTYPES, Loader, TrainConfig, completed
 from minillm.trainer.norms import norms_noted
 from minillm.trainer.progress import NonFiniteError, Progress, Stopped, dropout_seed

@@ -1,0 +1,79 @@
+"""What ranks tell each other: numbers, decisions, JSON, and who goes first."""
+
+import time
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from minillm.distributed.context import Context, connect, with_mesh
+
+
+def told():
+    with connect("cpu", timeout=20) as dist:
+        mesh = with_mesh(dist, 1, 2, 2)
+        tensor = torch.tensor([1.0, dist.rank])
+        return {
+            "place": (mesh.rank, mesh.dp_rank, mesh.tp_rank, mesh.is_main),
+            "sum": (dist.sum(dist.rank), dist.sum(0.5), dist.sum(tensor).tolist()),
+            "kinds": (type(dist.sum(1)), type(dist.sum(1.0)), tensor.tolist()),
+            "data-parallel sum": mesh.sum(mesh.rank),
+            "max": (dist.max(dist.rank), mesh.max(float(mesh.rank))),
+            "any": (dist.any(dist.rank == 2), dist.any(False)),
+            "gather": dist.gather({"ж" * dist.rank: dist.rank}),
+            "broadcast": dist.broadcast(["from", dist.rank]),
+            "big": dist.sum(2**53 + dist.rank),
+        }
+
+
+def test_ranks_agree_on_numbers_and_json():
+    results = run_ranks(4, told)
+    assert [one["place"] for one in results] == [(0, 0, 0, True), (1, 0, 1, False), (2, 1, 0, False), (3, 1, 1, False)]
+    for rank, one in enumerate(results):
+        assert one["sum"] == (6, 2.0, [4.0, 6.0])
+        assert one["kinds"] == (int, float, [1.0, rank]), "what is summed stays as it was"
+        assert one["data-parallel sum"] == (2 if rank % 2 == 0 else 4), "ranks along tp are not summed over"
+        assert (one["max"], one["any"]) == ((3, 3.0), (True, False))
+        assert one["gather"] == [{"ж" * other: other} for other in range(4)]
+        assert one["broadcast"] == ["from", 0]
+        assert one["big"] == 2**55 + 6, "whole numbers are exact"
+
+
+def prepare_once(path, fails):
+    with connect("cpu", timeout=5) as dist:
+        try:
+            with dist.main_first("prepare"):
+                if dist.is_main:
+                    time.sleep(6)  # longer than a collective may take
+                    if fails:
+                        raise ValueError("no text")
+                    path.write_text("made")
+                return path.read_text()
+        except ValueError as error:
+            return str(error)
+
+
+def test_the_first_rank_may_take_its_time_and_its_failure_is_everybodys(tmp_path):
+    assert run_ranks(2, prepare_once, tmp_path / "a", False) == ["made", "made"]
+    assert run_ranks(2, prepare_once, tmp_path / "b", True) == [
+        "no text",
+        "rank 0 failed at prepare: ValueError: no text",
+    ]
+
+
+def test_one_process_needs_no_process_group():
+    dist = Context(torch.device("cpu"))
+    with dist.main_first("anything"):
+        assert (dist.sum(3), dist.max(2.5), dist.any(True), dist.broadcast("x")) == (3, 2.5, True, "x")
+    dist.barrier()
+    assert dist.gather({"a": 1}) == [{"a": 1}]
+    assert not torch.distributed.is_initialized()
+
+
+def test_half_of_torchruns_environment_is_refused_by_name(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        connect("cpu").__enter__()
