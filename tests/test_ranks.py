@@ -31,7 +31,7 @@ def test_each_rank_gives_its_result_in_order():
 
 
 def test_a_rank_that_raises_fails_the_call_and_one_that_sleeps_ends_it():
-    with pytest.raises(AssertionError, match="rank 1 of 2:\n(.|\n)*of all ranks this one"):
+    with pytest.raises(AssertionError, match=r"rank 1 of 2:\n(.|\n)*of all ranks this one"):
         run_ranks(2, raise_on, 1)
     with pytest.raises(TimeoutError, match=r"ranks \[(0, )?1\] of 2"):
         run_ranks(2, sleep_on, 1, seconds=1)

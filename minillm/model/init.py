@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.model.config import ModelConfig
+from minillm.tensors import local_part, parameter_names
 
 EMBEDDINGS = ("embed.weight", "pos_embed.weight")
 MATRICES = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
@@ -19,9 +20,16 @@ RESIDUAL = ("o_proj.weight", "down_proj.weight")
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int = 0) -> None:
-    """Fills every parameter of a Transformer in place; also right after meta construction and `to_empty`."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(initial_weight(model.config, name, parameter.shape, seed))
+    """Fills every parameter of a Transformer in place; also right after meta construction and `to_empty`.
+
+    Of a sharded one each rank fills its part.
+    """
+    for name, parameter in parameter_names(model).items():
+        part, offset = local_part(parameter)
+        weight = initial_weight(model.config, name, parameter.shape, seed)
+        for dim, (start, length) in enumerate(zip(offset, part.shape)):
+            weight = weight.narrow(dim, start, length) if length else weight.narrow(dim, 0, 0)
+        part.copy_(weight)
 
 
 def initial_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int = 0) -> Tensor:
