@@ -8,6 +8,7 @@ python train.py configs/continue.toml --model.path runs/mine --data.path new.txt
 """
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,8 @@ from minillm.data.corpus import identity, open_corpus
 from minillm.data.loader import Loader, eval_batches
 from minillm.data.mixture import Source, held_out, say_use
 from minillm.data.prompts import prompts_of
-from minillm.distributed.context import Context, connect, free_memory, peak_flops
+from minillm.distributed.config import Layout, ParallelConfig, layout
+from minillm.distributed.context import Context, connect, free_memory, peak_flops, with_mesh
 from minillm.distributed.parallelize import parallelize
 from minillm.eval.perplexity import evaluate, mixture, token_byte_lengths
 from minillm.generate.engine import stream
@@ -38,8 +40,9 @@ from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
 from minillm.optim import OptimConfig, build_optimizer, lr_at, unmatched_patterns, warmup_steps
 from minillm.plan import count_parameters, flops_per_token, micro_batch_size
-from minillm.recipe import earlier, earlier_run, fitting, read_layers, source_layer, starting_point
-from minillm.run import RunConfig, RunDirectory, open_run
+from minillm.recipe import earlier, earlier_run, fitting, read_layers, run_of_all, source_layer, starting_point
+from minillm.run import RunConfig, RunDirectory
+from minillm.tensors import is_sharded, unwrapped
 from minillm.tokenizer import Tokenizer, TokenizerConfig
 from minillm.trainer import DTYPES, TrainConfig, Trainer, completed, total_steps
 
@@ -59,6 +62,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
         seq_len, batch_tokens = self.data.seq_len, self.train.batch_tokens
@@ -93,9 +97,10 @@ def main(argv: Sequence[str]) -> int:
     if not home:
         said = (f"{name} {value}" for name, value in below[-1].values.items() if lookup(given, name) is None)
         LOGGER.info("chosen for the corpus: %s", ", ".join(said))
-    with open_run(config.run) as run, connect(config.run.device) as dist:
-        start = starting_point(config.run, run)
-        tokenizer, sources = open_corpus(config.data, config.tokenizer)
+    with connect(config.run.device, config.parallel.timeout) as dist, run_of_all(config.run, dist) as run:
+        with dist.main_first("preparing the text"):
+            start = starting_point(config.run, run)
+            tokenizer, sources = open_corpus(config.data, config.tokenizer)
         trainer, config = make_trainer(config, tokenizer, sources, run, dist, trackers)
         if start:
             trainer.resume(start)
@@ -105,10 +110,12 @@ def main(argv: Sequence[str]) -> int:
         if trainer.over() and not trainer.progress.unevaluated and run.finished_at(trainer.progress.step):
             LOGGER.info("%s: the run is finished at step %d; there is nothing to do", run.path, trainer.progress.step)
             return 0
-        tokenizer.save(run.path)
-        run.write_json(run.config, to_dict(config))
+        if dist.is_main:
+            tokenizer.save(run.path)
+            run.write_json(run.config, to_dict(config))
         summary = trainer.fit()
-        report(config, run, trainer.model, tokenizer, sources, summary)
+        if dist.is_main:
+            report(config, run, trainer.model, tokenizer, sources, summary)
     return 0
 
 
@@ -134,7 +141,9 @@ def make_trainer(
         raise ValueError("train.patience: nothing is held out to evaluate on; give data.val, or leave patience out")
     model_config = config.model.to_config(vocab_size=tokenizer.vocab_size)
     samples_per_step = train.batch_tokens // data.seq_len
-    rows = train.micro_batch_size or micro_batch_size(data.seq_len, samples_per_step, device)
+    shape = resolved(config.parallel, dist)
+    dist = with_mesh(dist, shape.dp_replicate, shape.dp_shard, shape.tp)
+    rows = train.micro_batch_size or micro_batch_size(data.seq_len, -(-samples_per_step // dist.dp_size), device)
     loader = Loader(
         sources,
         seq_len=data.seq_len,
@@ -142,6 +151,8 @@ def make_trainer(
         micro_batch_size=rows,
         samples_per_step=samples_per_step,
         seed=config.run.seed,
+        dp_rank=dist.dp_rank,
+        dp_size=dist.dp_size,
         device=device,
     )
     steps = total_steps(train, loader)
@@ -168,10 +179,18 @@ def make_trainer(
     with memory_explained(advice):
         with torch.device("meta"):
             model = Transformer(model_config)
-        model.to_empty(device=device)
-        init_weights(model, config.run.seed)
+        model = parallelize(
+            model,
+            train.activation_checkpointing,
+            train.compile,
+            dist=dist,
+            layout=shape,
+            dtype=DTYPES[train.precision],
+            reshard_after_forward=config.parallel.reshard_after_forward,
+            compress=config.parallel.compress,
+            init=partial(init_weights, seed=config.run.seed),
+        )
         optimizer = build_optimizer(model, optim)
-    parallelize(model, train.activation_checkpointing, train.compile)
     LOGGER.info(
         "%s parameters (%s in matrix products), vocabulary %s, %s tokens to train on, %d steps of %s tokens, %s on %s",
         *(f"{n:,}" for n in (count_parameters(model_config).total, count_parameters(model_config).matmul)),
@@ -193,13 +212,11 @@ def make_trainer(
         dist=dist,
         grad_clip=optim.grad_clip,
         seed=config.run.seed,
-        evaluate=make_evaluation(
-            model, NextToken(model_config.vocab_size), tokenizer, held_out(sources), config, device
-        ),
+        evaluate=make_evaluation(model, NextToken(model_config.vocab_size), tokenizer, held_out(sources), config, dist),
         run=run,
         log_every=log.every,
         flops_per_token=flops_per_token(model_config, data.seq_len),
-        peak_flops=peak_flops(device, DTYPES[train.precision]),
+        peak_flops=dist.world_size * peak_flops(device, DTYPES[train.precision]),
         identity={
             "tokenizer_hash": tokenizer.hash,
             **identity(sources),
@@ -216,6 +233,12 @@ def make_trainer(
         memory_advice=advice,
     )
     return trainer, config
+
+
+def resolved(config: ParallelConfig, dist: Context) -> Layout:
+    """How the ranks share the run."""
+    strategy = "ddp" if config.strategy == "auto" else config.strategy
+    return layout(config, dist.world_size, strategy, int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size)))
 
 
 def start_from(path: str, trainer: Trainer) -> None:
@@ -240,21 +263,24 @@ def make_evaluation(
     tokenizer: Tokenizer,
     sources: list[Source],
     config: Config,
-    device: torch.device,
+    dist: Context,
 ) -> Callable[[Callable[[], None]], dict[str, float]] | None:
     """Loss and bits per byte over the whole validation split of each source; None where there is none."""
     if not sources:
         return None
-    token_bytes = token_byte_lengths(tokenizer).to(device)
+    token_bytes = token_byte_lengths(tokenizer)
+    data, place = config.data, {"device": dist.device, "dp_rank": dist.dp_rank, "dp_size": dist.dp_size}
     rows = max(1, 2 * config.train.micro_batch_size)  # no gradients are kept, so more fits
 
     def run_evaluation(raise_if_stopped: Callable[[], None]) -> dict[str, float]:
         def batches(source: Source) -> Iterator[Batch]:
-            for batch in eval_batches(source.prepared.val, config.data.seq_len, config.data.packing, rows, device):
+            for batch in eval_batches(source.prepared.val, data.seq_len, data.packing, rows, **place):
                 raise_if_stopped()
                 yield batch
 
-        figures = [evaluate(model, batches(source), objective, token_bytes) for source in sources]
+        figures = [
+            evaluate(model, batches(source), objective, token_bytes, dist.sum, dist.device) for source in sources
+        ]
         if not sources[0].name:
             return figures[0]
         return mixture([(source.name, source.share, found) for source, found in zip(sources, figures)])
@@ -272,18 +298,12 @@ def report(
     if not summary["finished"]:
         print(f"\nstopped by {summary['stopped_by']} at step {summary['step']}; continue with --run.resume auto")
         return
-    model.eval()
-    max_seq_len, unseen = model.config.max_seq_len, held_out(sources)
-    print(f"\nsamples: a beginning {'that was held out' if unseen else 'of the text'} ▸ what the model adds")
-    prompts = prompts_of(unseen or sources, max(1, config.log.samples), min(16, max_seq_len // 2), tokenizer.eos_id)
-    for name, prompt in prompts[: config.log.samples]:
-        label = f"{name}: " if name else ""
-        print(f"\n  {label}{tokenizer.decode(prompt)} ▸ ", end="", flush=True)
-        new_tokens = min(160, max_seq_len - len(prompt))
-        params = SamplingParams(max_new_tokens=new_tokens, temperature=0.7, top_p=0.95, seed=config.run.seed)
-        for piece in stream(model, tokenizer, prompt, params):
-            print(piece, end="", flush=True)
-        print()
+    model, unseen = unwrapped(model), held_out(sources)
+    beginning = min(16, model.config.max_seq_len // 2)
+    prompts = prompts_of(unseen or sources, max(1, config.log.samples), beginning, tokenizer.eos_id)
+    if not any(map(is_sharded, model.parameters())):  # of a model in parts all ranks would have to generate
+        print(f"\nsamples: a beginning {'that was held out' if unseen else 'of the text'} ▸ what the model adds")
+        show_samples(model, tokenizer, prompts[: config.log.samples], config.run.seed)
     print(f"\n{curve(read_metrics(run.metrics))}\n")
     val = ""
     if summary.get("val_loss") is not None:
@@ -308,6 +328,19 @@ def report(
         "       python train.py --data.path my.txt --run.dir runs/mine\n"
         "       python train.py --help"
     )
+
+
+def show_samples(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[tuple[str, list[int]]], seed: int) -> None:
+    """What the model makes of some beginnings, as it makes it."""
+    model.eval()
+    for name, prompt in prompts:
+        label = f"{name}: " if name else ""
+        print(f"\n  {label}{tokenizer.decode(prompt)} ▸ ", end="", flush=True)
+        new_tokens = min(160, model.config.max_seq_len - len(prompt))
+        params = SamplingParams(max_new_tokens=new_tokens, temperature=0.7, top_p=0.95, seed=seed)
+        for piece in stream(model, tokenizer, prompt, params):
+            print(piece, end="", flush=True)
+        print()
 
 
 if __name__ == "__main__":

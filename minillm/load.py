@@ -15,7 +15,7 @@ from minillm import checkpoint
 from minillm.files import atomic_directory, explained, read_json
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
-from minillm.tensors import parameter_names
+from minillm.tensors import local_part, narrowed, parameter_names
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("minillm")
@@ -64,11 +64,12 @@ def load_weights(path: str | Path, model: Transformer) -> Path:
     another shape or is missing.
     """
     folder = find_checkpoint(Path(path))
-    source, into = parameter_names(load(folder)[0]), parameter_names(model)
+    source, into = parameter_names(load(folder)[0]), parameter_names(model)  # a rank keeps its part of the whole
     if {name: p.shape for name, p in source.items()} != {name: p.shape for name, p in into.items()}:
         raise ValueError(f"{folder}: its model has another shape than the one that is to start from it")
     for name, parameter in into.items():
-        parameter.copy_(source[name])
+        part, offset = local_part(parameter)
+        part.copy_(narrowed(source[name], offset, part.shape))
     return folder
 
 

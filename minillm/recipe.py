@@ -4,18 +4,20 @@ what suits the text.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from minillm import checkpoint
 from minillm.config import ConfigError, Layer, arguments, build, convert, fields_of, file_layer, lookup, nearest
 from minillm.data.corpus import corpus_bytes
+from minillm.distributed.context import Context
 from minillm.load import describe, find_checkpoint, tokenizer_home
 from minillm.model.config import ModelConfig, ModelSection
 from minillm.model.presets import PRESETS, preset_fields
 from minillm.plan import optimizer_for, recommend
-from minillm.run import RunConfig, RunDirectory
+from minillm.run import RunConfig, RunDirectory, open_run
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
 # What may differ from the model that training starts from: no weight depends on it.
@@ -131,6 +133,15 @@ def earlier(home: Path, given: list[Layer]) -> list[Layer]:
     if lookup(given, "optim.warmup_ratio") is not None:  # what was made of it then would stand beside it now
         values.pop("optim.warmup_steps", None)
     return [Layer(str(home / "config.json"), without_limits(values, given))]
+
+
+@contextmanager
+def run_of_all(config: RunConfig, dist: Context) -> Iterator[RunDirectory]:
+    """The run's directory, which rank 0 holds for all of them while the block runs; errors as those of `open_run`."""
+    with ExitStack() as stack:
+        with dist.main_first("opening the run"):
+            run = stack.enter_context(open_run(config)) if dist.is_main else RunDirectory(config.dir)
+        yield run
 
 
 def starting_point(config: RunConfig, run: RunDirectory) -> Path | None:

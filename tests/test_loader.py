@@ -372,5 +372,7 @@ def test_batches_on_an_accelerator_are_those_on_the_cpu():
     there, here = loader(store, True, device=device), loader(store, True)
     for cursor in range(0, 80, 8):
         moved = there.batches(cursor)
+        assert all(field.is_pinned() for batch in moved for field in batch if field is not None)
+        moved = [batch.to(device) for batch in moved]
         assert moved[0].tokens.device.type == device.type
-        assert same([type(batch)(*(field.cpu() for field in batch)) for batch in moved], here.batches(cursor))
+        assert same([batch.to("cpu") for batch in moved], here.batches(cursor))

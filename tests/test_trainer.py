@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,6 +18,15 @@ from minillm.run import RunDirectory
 from minillm.trainer import NonFiniteError, TrainConfig, Trainer, dropout_seed, total_steps
 
 STEPS = 12
+
+
+class Triple(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+    counted: torch.Tensor
+
+    def to(self, device):
+        return self
 
 
 class Rows:
@@ -35,9 +45,8 @@ class Rows:
         counted = (torch.arange(6) % 3 != 1) & torch.tensor(step not in self.ignored_steps)
         if self.poison and step in self.poison:
             y[0] = math.nan
-        return [
-            tuple(t[i : i + self.micro_batch_size] for t in (x, y, counted)) for i in range(0, 6, self.micro_batch_size)
-        ]
+        size = self.micro_batch_size
+        return [Triple(*(t[i : i + size] for t in (x, y, counted))) for i in range(0, 6, size)]
 
 
 class Interrupted(Rows):

@@ -12,7 +12,7 @@ Nothing here unpickles. shard.py is one file of tensors, folder.py one checkpoin
 """
 
 from minillm.checkpoint.folder import OPTIM, fill, load_tensors, match_tensors, read, verify, write
-from minillm.checkpoint.series import candidates, latest, save
+from minillm.checkpoint.series import candidates, folder_of, latest, save
 from minillm.checkpoint.shard import DTYPES
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "OPTIM",
     "candidates",
     "fill",
+    "folder_of",
     "latest",
     "load_tensors",
     "match_tensors",

@@ -35,7 +35,7 @@ def save(
     removed until the new one is on the disk. One process at a time may write to `directory` (the run's lock).
     Raises ValueError, leaving the earlier ones as they were, when the disk is full or the place read-only.
     """
-    path = Path(directory) / f"step-{step:08d}"
+    path = folder_of(directory, step)
     old = path.with_name(f"{path.name}.old")
     with explained(path):
         if not path.parent.exists():
@@ -54,6 +54,11 @@ def save(
             raise
     evict(path, keep_last, best_step)
     return path
+
+
+def folder_of(directory: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return Path(directory) / f"step-{step:08d}"
 
 
 def latest(directory: str | Path, skip: str | None = None) -> Path | None:

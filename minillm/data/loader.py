@@ -81,14 +81,17 @@ class Loader:
             )
 
     def batches(self, cursor: int) -> list[Batch]:
-        """This rank's micro-batches of the step whose first sample is `cursor`: on each rank as many, of one shape."""
+        """This rank's micro-batches of the step whose first sample is `cursor`: on each rank as many, of one shape.
+
+        They are in host memory, page-locked where there is a device to copy them to: what is counted on them makes
+        nobody wait for the device.
+        """
         ahead, self.ahead = self.ahead, None
         host = ahead[1].result() if ahead is not None and ahead[0] == cursor else self.read(cursor)
         if self.pool is not None:
             following = cursor + self.samples_per_step
             self.ahead = following, self.pool.submit(self.read, following)
-        fields = host.to(self.device, non_blocking=True)  # (fields, forwards, B, T)
-        return [Batch(*fields[:, i]) for i in range(self.forwards)]
+        return [Batch(*host[:, i]) for i in range(self.forwards)]
 
     def read(self, cursor: int) -> torch.Tensor:
         """This rank's rows of a step, in host memory: (fields, forwards, B, T)."""
@@ -137,7 +140,8 @@ def eval_batches(
     """Every row of a store once, in order, the last batch smaller; each token but the first (packed: but each
     document's first) is a target exactly once.
 
-    Of several ranks each gets its share, padded so that all get equally many batches of equal shapes.
+    Of several ranks each gets its share, padded so that all get equally many batches of equal shapes. They are in host
+    memory, page-locked where `device` is an accelerator.
     Raises ValueError where there is no token to predict.
     """
     plan = plan_of(store, seq_len) if packing else None
@@ -151,7 +155,7 @@ def eval_batches(
         spans = [plain_spans(n_targets, seq_len, 0, row) if plan is None else plan.pieces(row) for row in mine]
         spans += [PADDING] * (-(-len(rows) // dp_size) - len(spans))
         host = gather([(store, span) for span in spans], seq_len, plan is not None, can_pin(torch.device(device)))
-        yield Batch(*host.to(device, non_blocking=True))
+        yield Batch(*host)
 
 
 def can_pin(device: torch.device) -> bool:

@@ -25,6 +25,7 @@ Number = TypeVar("Number", int, float, torch.Tensor)
 AXES = ("dp_replicate", "dp_shard", "tp")
 LAUNCHED_WITH = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 POLL_SECONDS = 0.2  # between two looks at the store
+HEARD_SECONDS = 5.0  # that rank 0 waits until the others have heard why it ends
 
 # Dense bf16 peaks in FLOP/s, from the makers' datasheets; the first name found in the device's name counts.
 DATASHEET_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
@@ -114,6 +115,7 @@ class Context:
             while not store.check([key]):
                 time.sleep(POLL_SECONDS)
             if failure := store.get(key).decode():
+                store.add(f"{key}/heard", 1)
                 raise ValueError(f"rank 0 failed at {what}: {failure}")
             yield
             return
@@ -121,6 +123,9 @@ class Context:
             yield
         except BaseException as error:
             store.set(key, f"{type(error).__name__}: {error}")
+            until = time.monotonic() + HEARD_SECONDS  # the store may be in this process, and end with it
+            while store.add(f"{key}/heard", 0) < self.world_size - 1 and time.monotonic() < until:
+                time.sleep(POLL_SECONDS)
             raise
         store.set(key, "")
 

@@ -53,11 +53,6 @@ def parallelize(
 
     Parameter names stay as they are, seen through `minillm.tensors.parameter_names`.
     """
-    mesh = dist.mesh if dist is not None else None
-    if layout.tp > 1:
-        from minillm.distributed.tensor_parallel import apply_tensor_parallel
-
-        apply_tensor_parallel(model, mesh["tp"])
     checkpoint_and_compile(model, activation_checkpointing, compile)
     if layout.strategy != "ddp":
         shard(model, dist, layout, dtype, reshard_after_forward, compress)

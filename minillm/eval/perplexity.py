@@ -23,6 +23,7 @@ def evaluate(
     objective: Objective,
     token_bytes: Tensor | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, float]:
     """The objective's mean over all units of all batches, in evaluation mode, without gradients.
 
@@ -30,6 +31,7 @@ def evaluate(
         objective: one of minillm.objectives, or another with its `count` and call.
         token_bytes: (V,), the length in bytes of each token, from `token_byte_lengths`; without it no bits per byte.
         reduce: sums a float64 tensor over the ranks, where each of them evaluates a part.
+        device: where the model is, if the batches are not there: units and bytes are then counted where they are.
 
     Returns: val_loss (nats a unit), val_NAME for each metric, tokens (units), perplexity (e to the loss); with
         token_bytes also bytes (of the target tokens; special tokens have none) and val_bpb, the bits it takes on
@@ -40,7 +42,7 @@ def evaluate(
     sums: dict[str, list[Tensor]] = {"loss": [], "units": []}
     with evaluation_mode(model):
         for batch in batches:
-            loss_sum, metrics = objective(model, batch)
+            loss_sum, metrics = objective(model, batch if device is None else batch.to(device))
             reported, _ = metrics.get("loss", (loss_sum, None))  # where that is not what is minimised
             parts = {"loss": reported, "units": objective.count(batch)}
             if token_bytes is not None:
@@ -84,6 +86,8 @@ def mixture(parts: Sequence[tuple[str, float, Mapping[str, float]]]) -> dict[str
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each module is in the mode it was in.
 
+    What FSDP2 gathered and would keep for a backward pass is let go: none comes, and the next step changes the weights.
+
     Not torch.inference_mode: a tensor made there (a weight that FSDP2 gathered, something a compiled region kept) could
     not be used in training afterwards.
     """
@@ -95,6 +99,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+            if hasattr(module, "reshard"):
+                module.reshard()
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> Tensor:

@@ -55,7 +55,8 @@ def show_messages(level: int = logging.INFO) -> None:
 def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Run a command and return its exit code: 0, or 1 after one line on standard error (`--debug`: the traceback)."""
     debug = "--debug" in argv
-    show_messages(logging.DEBUG if debug else logging.INFO)
+    main = os.environ.get("RANK", "0") == "0"  # of many ranks one tells what all of them do
+    show_messages(logging.ERROR if not main else logging.DEBUG if debug else logging.INFO)
     try:
         return command([word for word in argv if word != "--debug"]) or 0
     except BrokenPipeError:

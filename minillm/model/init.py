@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.model.config import ModelConfig
-from minillm.tensors import local_part, parameter_names
+from minillm.tensors import local_part, narrowed, parameter_names
 
 EMBEDDINGS = ("embed.weight", "pos_embed.weight")
 MATRICES = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
@@ -27,9 +27,7 @@ def init_weights(model: nn.Module, seed: int = 0) -> None:
     for name, parameter in parameter_names(model).items():
         part, offset = local_part(parameter)
         weight = initial_weight(model.config, name, parameter.shape, seed)
-        for dim, (start, length) in enumerate(zip(offset, part.shape)):
-            weight = weight.narrow(dim, start, length) if length else weight.narrow(dim, 0, 0)
-        part.copy_(weight)
+        part.copy_(narrowed(weight, offset, part.shape))
 
 
 def initial_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int = 0) -> Tensor:

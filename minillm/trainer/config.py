@@ -44,7 +44,10 @@ class TrainConfig:
 
 
 class Loader(Protocol):
-    """Where batches come from: a pure function of how many samples the run has consumed."""
+    """Where batches come from: a pure function of how many samples the run has consumed.
+
+    A batch is what the objective takes, in host memory; its `to(device)` gives it on the device.
+    """
 
     samples_per_step: int
     samples_per_epoch: int

@@ -4,6 +4,7 @@ It knows no model, data, loss or evaluation, only callables; `Trainer.step` is t
 """
 
 import math
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from minillm import checkpoint
 from minillm.distributed.context import Context, peak_memory
+from minillm.distributed.parallelize import gradient_sync
 from minillm.log import LOGGER, Clock, RunLog, Tracker, memory_explained
 from minillm.objectives import Objective
 from minillm.optim import clip_grad_norm_, gradient_norms, optimizer_tensors
@@ -80,7 +82,8 @@ class Trainer:
         self.progress, self.clock = Progress(), Clock()
         self.spike_watch = SpikeWatch(config.spike, config.spike_threshold, list(self.parameters), documents)
         self.notes: list[tuple[str, dict[str, Any]]] = []  # what the last step adds to other files than metrics.jsonl
-        self.stop_signal: str | None = None
+        self.asked_to_stop: str | None = None  # the signal that came to this rank
+        self.stop_signal: str | None = None  # that which came to some rank, as all have agreed
         self.unsaved = False  # whether the weights have changed since they were last saved or loaded
         self.dtype = DTYPES[self.config.precision]
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.config.precision == "fp16")
@@ -97,7 +100,9 @@ class Trainer:
         at, dist, self.notes = self.progress, self.dist, []
         with self.clock.waiting():
             micro_batches = self.loader.batches(at.samples)
-        n = dist.sum(sum(self.objective.count(batch) for batch in micro_batches))
+        n = dist.sum(
+            sum(self.objective.count(batch) for batch in micro_batches)
+        )  # no device is waited for
         figures = {"loss": None, "lr": self.lr_at(at.step), "grad_norm": None}
         if not n:
             LOGGER.warning("step %d has no targets to train on; skipped", at.step + 1)
@@ -106,10 +111,11 @@ class Trainer:
 
         losses, totals = [], {}
         for i, batch in enumerate(micro_batches):
-            torch.manual_seed(dropout_seed(self.seed, at.step, i, dist.dp_rank))
-            with self.autocast():
-                loss_sum, metrics = self.objective(self.model, batch)
-            self.scaler.scale(loss_sum * (dist.dp_size / n)).backward()
+            torch.manual_seed(dropout_seed(self.seed, at.step, i, dist.rank))
+            with gradient_sync(self.model, last=i + 1 == len(micro_batches)):
+                with self.autocast():
+                    loss_sum, metrics = self.objective(self.model, batch.to(dist.device))
+                self.scaler.scale(loss_sum * (dist.dp_size / n)).backward()  # undoes the mean over data-parallel ranks
             losses.append(loss_sum.detach())
             for name, pair in metrics.items():
                 totals.setdefault(name, []).append(pair)
@@ -123,7 +129,7 @@ class Trainer:
             total, count = dist.sum(pairs.sum(0)).tolist()
             figures[name] = total / count if count else None
 
-        finite = math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])
+        finite = not dist.any(not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])))
         if not finite:
             self.report_skip(figures)
         spike = self.spike_watch.look(at.step + 1, at.samples, figures, each_norm) if finite else None
@@ -198,6 +204,7 @@ class Trainer:
             memory_explained(self.memory_advice),
             RunLog(metrics, logged, self.steps, show, trackers) as log,
         ):
+            self.agree()
             if at.unevaluated:
                 self.report(log, at.unevaluated, evaluate=True)
                 log.advance()
@@ -213,6 +220,7 @@ class Trainer:
                         self.save_if_kept(keep_last=0)  # a run that diverges evicts nothing
                     raise
                 at.seconds += clock.last
+                self.agree()
                 log.advance()
                 for name, note in self.notes:
                     log.note(name, note)
@@ -272,8 +280,15 @@ class Trainer:
                 at.best_val_loss, at.best_step, at.evaluations_since_best = row["val_loss"], at.step, 0
         log.write(row)
 
+    def agree(self) -> None:
+        """Let all ranks know of a signal that came to one of them, and of one time; each calls it at the same place."""
+        number = signal.Signals[self.asked_to_stop].value if self.asked_to_stop else 0
+        number, self.progress.seconds = self.dist.max(torch.tensor([number, self.progress.seconds]).double()).tolist()
+        self.stop_signal = signal.Signals(int(number)).name if number else None
+
     def raise_if_stopped(self) -> None:
-        """Raises Stopped once a signal came: for an evaluation to call now and then."""
+        """Raises Stopped once a signal came: for an evaluation to call now and then, on each rank equally often."""
+        self.agree()
         if self.stop_signal:
             raise Stopped
 
@@ -288,7 +303,7 @@ class Trainer:
             **{key: getattr(at, key) for key in SUMMED_UP},
             "hours": round(at.seconds / 3600, 4),
             "mean_tokens_per_second": round(clock.mean_rate(at.tokens), 1),
-            "peak_memory_bytes": peak_memory(self.dist.device),
+            "peak_memory_bytes": self.dist.max(peak_memory(self.dist.device)),
             "parameters": sum(parameter.numel() for parameter in self.parameters.values()),
         }
         if self.run and self.dist.is_main:
@@ -297,7 +312,7 @@ class Trainer:
 
     def request_stop(self, name: str) -> None:
         """Stop after the step under way, because of the signal of that name."""
-        self.stop_signal = name
+        self.asked_to_stop = name
         LOGGER.info("%s: saving after this step", name)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -322,9 +337,11 @@ class Trainer:
         }
         keep_last = self.config.keep_last if keep_last is None else keep_last
         at, tensors = self.progress.step, self.tensors()
-        path = checkpoint.save(self.run.checkpoints, at, tensors, state, keep_last, self.best_step)
+        if self.dist.is_main:
+            checkpoint.save(self.run.checkpoints, at, tensors, state, keep_last, self.best_step)
+        self.dist.barrier()
         self.unsaved = False
-        return path
+        return checkpoint.folder_of(self.run.checkpoints, at)
 
     def resume(self, path: str | Path) -> None:
         """Continue from a checkpoint. Raises ValueError when it is damaged or of another model, tokenizer or data."""
