@@ -158,8 +158,10 @@ def connect(device: str = "auto", timeout: float = 600.0) -> Iterator[Context]:
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     place = find_local_device(device, local_rank)
     torch_dist.init_process_group(backends_of(place), timeout=timedelta(seconds=timeout))
+    dist = Context(place, rank, world_size, local_rank, dp_rank=rank, dp_size=world_size)
     try:
-        yield Context(place, rank, world_size, local_rank, dp_rank=rank, dp_size=world_size)
+        yield dist
+        dist.barrier()  # who leaves first may take the store with it
     finally:
         torch_dist.destroy_process_group()
 

@@ -101,7 +101,7 @@ def shard(
 
 def replicate(model: nn.Module, dist: Context, compress: str) -> nn.Module:
     """DDP: gradients are averaged in buckets while the backward pass goes on, and lie in the buckets themselves."""
-    wrapped = DDP(model, process_group=dist.dp_group, gradient_as_bucket_view=True, broadcast_buffers=False)
+    wrapped = DDP(model, process_group=dist.dp_group, gradient_as_bucket_view=True)
     if compress == "bf16":
         wrapped.register_comm_hook(dist.dp_group, sum_in_bf16)
     return wrapped

@@ -100,9 +100,7 @@ class Trainer:
         at, dist, self.notes = self.progress, self.dist, []
         with self.clock.waiting():
             micro_batches = self.loader.batches(at.samples)
-        n = dist.sum(
-            sum(self.objective.count(batch) for batch in micro_batches)
-        )  # no device is waited for
+        n = dist.sum(sum(self.objective.count(batch) for batch in micro_batches))  # no device is waited for
         figures = {"loss": None, "lr": self.lr_at(at.step), "grad_norm": None}
         if not n:
             LOGGER.warning("step %d has no targets to train on; skipped", at.step + 1)
