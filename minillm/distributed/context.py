@@ -49,6 +49,7 @@ class Context:
     tp_size: int = 1
     mesh: DeviceMesh | None = None  # None for one process, and until the strategy is known
     dp_group: torch_dist.ProcessGroup | None = None  # the data-parallel ranks; None: all ranks
+    group: torch_dist.ProcessGroup | None = None  # all ranks; None: over the links that training uses
 
     @property
     def is_main(self) -> bool:
@@ -61,7 +62,7 @@ class Context:
 
     def max(self, value: Number) -> Number:
         """The largest over all ranks."""
-        return value if self.world_size == 1 else self.reduced(value, torch_dist.ReduceOp.MAX)
+        return value if self.world_size == 1 else self.reduced(value, torch_dist.ReduceOp.MAX, self.group)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on some rank."""
@@ -85,11 +86,11 @@ class Context:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros((), dtype=torch.int64) for _ in range(self.world_size)]
-        torch_dist.all_gather(sizes, torch.tensor(len(data)))
+        torch_dist.all_gather(sizes, torch.tensor(len(data)), self.group)
         padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
         padded[: len(data)] = data
         found = [torch.empty_like(padded) for _ in sizes]
-        torch_dist.all_gather(found, padded)
+        torch_dist.all_gather(found, padded, self.group)
         return [json.loads(bytes(one[: int(size)].numpy())) for one, size in zip(found, sizes)]
 
     def broadcast(self, value: Any) -> Any:
@@ -198,6 +199,13 @@ def with_mesh(dist: Context, dp_replicate: int, dp_shard: int, tp: int) -> Conte
     dp_rank, tp_rank = divmod(dist.rank, tp)
     sizes = {"dp_rank": dp_rank, "dp_size": dp_replicate * dp_shard, "tp_rank": tp_rank, "tp_size": tp}
     return dataclasses.replace(dist, **sizes, mesh=mesh, dp_group=dp_group)
+
+
+def beside_training(dist: Context, timeout: float) -> Context:
+    """The same ranks with links of their own, on the host: to agree in a thread while training communicates."""
+    if dist.world_size == 1:
+        return dist
+    return dataclasses.replace(dist, group=torch_dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
 
 
 def find_device(name: str) -> torch.device:
