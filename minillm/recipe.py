@@ -144,16 +144,19 @@ def run_of_all(config: RunConfig, dist: Context) -> Iterator[RunDirectory]:
         yield run
 
 
-def starting_point(config: RunConfig, run: RunDirectory) -> Path | None:
-    """The checkpoint to continue from; None to start afresh. Raises ValueError where there are some, but none whole."""
+def starting_point(config: RunConfig, run: RunDirectory, dist: Context = checkpoint.ALONE) -> Path | None:
+    """The checkpoint to continue from, the same on all ranks; None to start afresh.
+
+    Raises ValueError where there are some, but none whole.
+    """
     if config.resume == "never":
         return None
     path = run.path if config.resume == "auto" else Path(config.resume)
     series = path / "checkpoints"
-    found = checkpoint.candidates(series)
+    found = checkpoint.candidates(series, dist)
     if not found:
         return None if config.resume == "auto" else find_checkpoint(path)
-    newest = checkpoint.latest(series)
+    newest = checkpoint.latest(series, dist=dist)
     if newest is None:
         raise ValueError(
             f"{series}: none of its checkpoints is whole ({', '.join(one.name for one in found)}); "

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from minillm import checkpoint
-from minillm.checkpoint.folder import json_bytes
+from minillm.checkpoint.manifest import signed
 from minillm.checkpoint.shard import write_shard
 
 STATE = {"step": 3, "samples": 96, "loss": 0.1 + 0.2, "config": {"model": {"dim": 8}}, "best": math.inf}
@@ -142,8 +142,7 @@ def test_pieces_in_many_files_are_put_together(saved):
 def rewrite(path: Path, manifest: dict) -> None:
     """A manifest that its own hash confirms, whatever it says."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
-    body["sha256"] = hashlib.sha256(json_bytes(body)).hexdigest()
-    (path / "manifest.json").write_bytes(json_bytes(body))
+    (path / "manifest.json").write_bytes(signed(body))
 
 
 def test_saving_and_loading_take_no_second_copy(tmp_path):
@@ -282,8 +281,8 @@ def test_file_of_another_checkpoint(saved):
 
 def test_newer_format_is_named(saved):
     _, manifest = checkpoint.read(saved)
-    rewrite(saved, manifest | {"format": 2})
-    assert_refused(saved, make_tensors(), "written in format 2; this version of minillm reads format 1")
+    rewrite(saved, manifest | {"format": 3})
+    assert_refused(saved, make_tensors(), "written in format 3; this version of minillm reads format 2 and older")
 
 
 def test_incompatible_config_lists_everything_that_differs(saved):
@@ -346,7 +345,7 @@ def confirmed(path: Path, shard: bytes, **changes) -> Path:
     """A checkpoint of one tensor in one file, with a manifest whose hashes agree; `changes` go into the piece."""
     path.mkdir(exist_ok=True)
     (path / "w.safetensors").write_bytes(shard)
-    (path / "state.json").write_bytes(json_bytes({}))
+    (path / "state.json").write_text("{}")
     files = {p.name: p.read_bytes() for p in path.iterdir() if p.name != "manifest.json"}
     files = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     piece = {"file": "w.safetensors", "offset": [0], "shape": [1]} | changes

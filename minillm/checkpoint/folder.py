@@ -1,90 +1,89 @@
 """One checkpoint: a folder of shards and JSON, and the manifest that proves it.
 
 The manifest names every file with its size and sha256, and every tensor with its global shape, its dtype and the
-pieces it is made of, each piece being a file and a place in the whole; so many ranks can each write their own pieces
-and any number of them can read. It carries its own hash, is written last, and nothing that it does not name is read.
+pieces it is made of, each piece being a file and a place in the whole; so many ranks each write their own pieces, and
+any number of them can read. It carries its own hash, is written last, and nothing that it does not name is read.
 """
 
 import hashlib
-import json
 import logging
-import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from minillm.checkpoint.layout import Box, Layout, intersection, lay_out, own_pieces, tied_groups
+from minillm.checkpoint.manifest import MANIFEST, STATE, file_of, make_manifest, pieces_of, read_manifest, spell
+from minillm.checkpoint.ranks import ALONE, on_every_rank, on_main
 from minillm.checkpoint.shard import (
-    CODES,
     DTYPES,
-    byte_view,
+    Header,
+    file_hash,
     opened,
     parse,
     read_bytes,
     read_header,
+    read_rows,
     require,
     write_shard,
 )
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-STATE = "state.json"
-OPTIM = "optim."  # tensors named so go into files of their own, so that loading a model never reads them
-PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+from minillm.distributed.context import Context
+from minillm.files import fsync_directory
+from minillm.tensors import local_part
 
 logger = logging.getLogger("minillm")
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor], state: dict, step: int = 0) -> None:
-    """Fill an uncommitted folder: shards, state and, last, the manifest of all that is in it."""
-    shards: dict[str, dict[str, Tensor]] = {}
-    for name, *_ in tied_groups(tensors):  # one memory is stored once, under its first name
-        part = "optim" if name.startswith(OPTIM) else "model"
-        shards.setdefault(f"{part}-00000.safetensors", {})[name] = tensors[name]
-    files, entries = {}, {}
-    for file, part in shards.items():
-        files[file] = write_shard(folder / file, part)
-        for name, tensor in part.items():
-            shape = list(tensor.shape)
-            piece = {"file": file, "offset": [0] * len(shape), "shape": shape}
-            entries[name] = {"dtype": CODES[tensor.dtype], "shape": shape, "pieces": [piece]}
-    (folder / STATE).write_bytes(json_bytes(state))
-    for path in sorted(folder.iterdir()):  # state.json, and what the caller put there: config.json, a tokenizer
-        if path.name not in files:
-            with opened(path) as (file, size):
-                files[path.name] = {"size": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    body = {"format": FORMAT, "step": step, "files": files, "tensors": entries}
-    (folder / MANIFEST).write_bytes(json_bytes({**body, "sha256": hashlib.sha256(json_bytes(body)).hexdigest()}))
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def json_bytes(value: dict) -> bytes:
-    """The one spelling of our JSON files, so that they can be hashed and compared byte for byte."""
-    return json.dumps(value, indent=1).encode() + b"\n"
+def write(folder: Path, tensors: Mapping[str, Tensor], state: dict, step: int = 0, dist: Context = ALONE) -> None:
+    """Fill an uncommitted folder: shards, state and, last, the manifest of all that is in it.
 
-
-def tied_groups(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Names that stand for the same memory, together, in the order of the first of each."""
-    groups: dict[Any, list[str]] = {}
-    for name, tensor in tensors.items():
-        # without memory of its own (empty, or on the meta device) only the object itself tells
-        held = tensor.numel() and not tensor.is_meta
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        groups.setdefault(place if held else id(tensor), []).append(name)
-    return list(groups.values())
-
-
-def load_tensors(path: str | Path, into: Mapping[str, Tensor], skip: str | None = None) -> dict:
-    """Copy a checkpoint's tensors into `into`, in place, once everything about it is verified; returns its state.
-
-    `into` names exactly the stored tensors (but for those that start with `skip`), in their shapes and dtypes.
-    Raises ValueError before anything is changed, listing all that is missing, unexpected or different.
+    Every rank writes its own shards; rank 0 the rest, once those of all are on the disk.
     """
-    state, manifest = verify(path, skip)
-    fill(path, manifest, match_tensors(path, manifest, into, skip))
-    return state
+    layout = lay_out(tensors, dist)
+    write_pieces(folder, layout, own_pieces(layout, tensors, dist.rank), spell(state), step, dist)
+
+
+def write_pieces(
+    folder: Path,
+    layout: Layout,
+    own: Mapping[str, Tensor],
+    state: str,
+    step: int,
+    dist: Context,
+    at: Path | None = None,
+) -> None:
+    """`write`, of what was laid out before; `own` is what this rank writes of it, `state` the spelled state.
+
+    `at`: what the folder will be called, for errors.
+    """
+    written = on_every_rank(dist, lambda: write_shards(folder, own, dist.rank), at)
+
+    def describe() -> None:
+        files = {name: entry for shards in written for name, entry in shards.items()}
+        (folder / STATE).write_text(state, encoding="utf-8")
+        for path in sorted(folder.iterdir()):  # state.json, and what the caller put there: config.json, a tokenizer
+            if path.name not in files:
+                files[path.name] = {"size": path.stat().st_size, "sha256": file_hash(path)}
+        (folder / MANIFEST).write_bytes(make_manifest(layout, files, step))
+
+    on_main(dist, describe, at)
+
+
+def write_shards(folder: Path, own: Mapping[str, Tensor], rank: int) -> dict[str, dict]:
+    """Write a rank's pieces and see them on the disk; size and sha256 of each file."""
+    shards: dict[str, dict[str, Tensor]] = {}
+    for name, piece in own.items():
+        shards.setdefault(file_of(name, rank), {})[name] = piece
+    entries = {file: write_shard(folder / file, pieces) for file, pieces in shards.items()}
+    fsync_directory(folder)
+    return entries
+
+
+# --- proving ----------------------------------------------------------------------------------------------------------
 
 
 def read(path: str | Path) -> tuple[dict, dict]:
@@ -97,29 +96,84 @@ def read(path: str | Path) -> tuple[dict, dict]:
     return parse(path / STATE, data), manifest
 
 
-def verify(path: str | Path, skip: str | None = None) -> tuple[dict, dict]:
+def verify(path: str | Path, skip: str | None = None, dist: Context = ALONE) -> tuple[dict, dict]:
     """`read`, then prove every file by size and sha256 and every tensor by the header of the shard that holds it.
 
+    The files are dealt out to the ranks, so that each is read once; what is wrong with one is an error on all.
     `skip`: tensors whose names start so are left out, and with them the files that hold nothing else.
     """
     path = Path(path)
-    state, manifest = read(path)
-    extra = sorted(p.name for p in path.iterdir() if p.name not in manifest["files"] and p.name != MANIFEST)
-    if extra:
-        logger.warning("%s: not in the manifest and ignored: %s", path, ", ".join(extra))
-    pieces = list(pieces_of(manifest, skip))
-    unread = {piece["file"] for _, piece in pieces_of(manifest)} - {piece["file"] for _, piece in pieces}
-    for name in manifest["files"].keys() - unread:
-        entry = manifest["files"][name]
-        with opened(path / name, entry["size"]) as (file, _):
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise ValueError(f"{path / name}: not what was saved (its sha256 differs)")
-    headers = {file: read_header(path / file) for file in {piece["file"] for _, piece in pieces}}
-    for name, piece in pieces:
-        dtype = manifest["tensors"][name]["dtype"]
-        if headers[piece["file"]].get(name, (None,))[:2] != (dtype, piece["shape"]):
-            raise ValueError(f"{path / piece['file']}: {name} is not as the manifest says, {dtype} {piece['shape']}")
-    return state, manifest
+    found: list[tuple[dict, dict]] = []
+
+    def prove() -> str:
+        state, manifest = read(path)
+        extra = sorted(p.name for p in path.iterdir() if p.name not in manifest["files"] and p.name != MANIFEST)
+        if extra and dist.is_main:
+            logger.warning("%s: not in the manifest and ignored: %s", path, ", ".join(extra))
+        unread = {file for _, file, _ in pieces_of(manifest)} - {file for _, file, _ in pieces_of(manifest, skip)}
+        sizes = {name: entry["size"] for name, entry in manifest["files"].items() if name not in unread}
+        own = share_of(sizes, dist)
+        for name in own:
+            size, sha256 = manifest["files"][name]["size"], manifest["files"][name]["sha256"]
+            require(file_hash(path / name, size) == sha256, f"{path / name}: not what was saved (its sha256 differs)")
+        check_headers(path, manifest, own)
+        found.append((state, manifest))
+        return manifest["sha256"]
+
+    hashes = on_every_rank(dist, prove)
+    require(len(set(hashes)) == 1, f"{path}: the ranks see different checkpoints there; is the directory shared?")
+    return found[0]
+
+
+def share_of(sizes: Mapping[str, int], dist: Context) -> list[str]:
+    """The files that this rank proves: each, from the largest on, goes to the rank that has the fewest bytes so far."""
+    loads = [0] * dist.world_size
+    own = []
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        rank = loads.index(min(loads))
+        loads[rank] += sizes[name] + 1  # empty ones are dealt out too
+        if rank == dist.rank:
+            own.append(name)
+    return own
+
+
+def check_headers(path: Path, manifest: dict, files: Iterable[str]) -> dict[str, Header]:
+    """The headers of the shards among the files, each tensor in them being as the manifest says, or ValueError."""
+    wanted = set(files)
+    pieces = [(name, file, box) for name, file, box in pieces_of(manifest) if file in wanted]
+    headers = {}
+    for file in {file for _, file, _ in pieces}:
+        with opened(path / file, manifest["files"][file]["size"]):  # of the right size
+            headers[file] = read_header(path / file)
+    for name, file, box in pieces:
+        dtype, shape = manifest["tensors"][name]["dtype"], list(box.shape)
+        as_said = headers[file].get(name, (None,))[:2] == (dtype, shape)
+        require(as_said, f"{path / file}: {name} is not as the manifest says, {dtype} {shape}")
+    return headers
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_tensors(path: str | Path, into: Mapping[str, Tensor], skip: str | None = None, dist: Context = ALONE) -> dict:
+    """Copy a checkpoint's tensors into `into`, in place, once everything about it is verified; returns its state.
+
+    `into` names exactly the stored tensors (but for those that start with `skip`), in their shapes and dtypes; of a
+    sharded one, each rank reads the part that it holds. However many ranks wrote the checkpoint, and however they had
+    sharded it: any other may read it. Raises ValueError, on every rank, before anything is changed on any, listing all
+    that is missing, unexpected or different.
+    """
+    state, manifest = verify(path, skip, dist)
+    matched: list[dict[str, Tensor]] = []
+
+    def match() -> None:
+        targets = match_tensors(path, manifest, into, skip)
+        check_headers(Path(path), manifest, {file for _, file, *_ in reads(manifest, targets)})
+        matched.append(targets)
+
+    on_every_rank(dist, match)
+    on_every_rank(dist, lambda: fill(path, manifest, matched[0]))
+    return state
 
 
 def match_tensors(
@@ -153,62 +207,36 @@ def match_tensors(
     return targets
 
 
+def reads(manifest: dict, targets: Mapping[str, Tensor]) -> list[tuple[str, str, Box, Box]]:
+    """(tensor name, file, the piece in it, what this rank needs of the piece), for all that it needs."""
+    parts = {}
+    for name, target in targets.items():
+        part, offset = local_part(target)
+        parts[name] = Box(offset, tuple(part.shape))
+    found = []
+    for name, file, box in pieces_of(manifest):
+        common = intersection(box, parts[name]) if name in parts else None
+        if common is not None:
+            found.append((name, file, box, common))
+    return found
+
+
+@torch.no_grad()
 def fill(path: str | Path, manifest: dict, targets: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of a verified checkpoint into what `match_tensors` found for them, a piece at a time."""
-    pieces: dict[str, list[tuple[str, dict]]] = {}
-    for name, piece in pieces_of(manifest):
-        if name in targets:
-            pieces.setdefault(piece["file"], []).append((name, piece))
-    for file_name, parts in pieces.items():
+    """Copy a verified checkpoint into what `match_tensors` found for its tensors: of each, what this rank holds."""
+    by_file: dict[str, list[tuple[str, Box, Box]]] = {}
+    for name, file_name, box, common in reads(manifest, targets):
+        by_file.setdefault(file_name, []).append((name, box, common))
+    for file_name, needed in by_file.items():
         header = read_header(Path(path) / file_name)
-        with opened(Path(path) / file_name) as (file, _), torch.no_grad():
-            for name, piece in parts:
-                code, shape, begin, end = header[name]
-                target = targets[name].detach()
-                for dim, (offset, length) in enumerate(zip(piece["offset"], shape)):
-                    target = target.narrow(dim, offset, length)
-                in_place = target.device.type == "cpu" and target.is_contiguous()
-                data = target if in_place else torch.empty(shape, dtype=DTYPES[code])
-                file.seek(begin)
-                if file.readinto(byte_view(data)) != end - begin:
-                    raise ValueError(f"{Path(path) / file_name}: ends inside {name}; it changed while it was read")
-                if not in_place:
-                    target.copy_(data)
-
-
-def pieces_of(manifest: dict, skip: str | None = None) -> Iterator[tuple[str, dict]]:
-    """(tensor name, piece) for every piece of the tensors that are not skipped."""
-    for name, entry in manifest["tensors"].items():
-        if not (skip and name.startswith(skip)):
-            for piece in entry["pieces"]:
-                yield name, piece
-
-
-def read_manifest(path: Path) -> dict:
-    """The manifest, proved by its own hash, with every field that is relied on later checked."""
-    file = path / MANIFEST
-    data = read_bytes(file)
-    manifest = parse(file, data)
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    sha256 = hashlib.sha256(json_bytes(body)).hexdigest()
-    require(json_bytes({**body, "sha256": sha256}) == data, f"{file}: not what was saved (its own sha256 differs)")
-    form = manifest.get("format")
-    require(form == FORMAT, f"{file}: written in format {form!r}; this version of minillm reads format {FORMAT}")
-    try:
-        require(STATE in manifest["files"], f"{STATE} is not listed")
-        for name, entry in manifest["files"].items():
-            require(PLAIN_NAME.fullmatch(name) and name != MANIFEST, f"{name!r} is not a plain file name")
-            require(entry["size"] >= 0 and isinstance(entry["sha256"], str), f"{name} has no size or hash")
-        for name, entry in manifest["tensors"].items():
-            shape, pieces = entry["shape"], entry["pieces"]
-            require(entry["dtype"] in DTYPES, f"{name} has an unknown dtype, {entry['dtype']!r}")
-            for piece in pieces:
-                require(piece["file"] in manifest["files"], f"{name} is in {piece['file']!r}, which is not listed")
-                ranges = zip(piece["offset"], piece["shape"], shape, strict=True)
-                inside = all(type(a) is int and 0 <= a <= a + n <= size for a, n, size in ranges)
-                require(inside, f"a piece of {name} exceeds its shape {shape}")
-            covered = sum(math.prod(piece["shape"]) for piece in pieces)
-            require(covered == math.prod(shape), f"the pieces of {name} do not make up its shape {shape}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: not a manifest: {error}") from None
-    return manifest
+        with opened(Path(path) / file_name) as (file, _):
+            for name, box, common in needed:
+                part, offset = local_part(targets[name].detach())
+                for dim, (begin, length) in enumerate(zip(common.offset, common.shape)):
+                    part = part.narrow(dim, begin - offset[dim], length)
+                inside = Box(tuple(a - b for a, b in zip(common.offset, box.offset)), common.shape)
+                try:
+                    read_rows(file, header[name], inside, part)
+                except EOFError:
+                    where = f"{Path(path) / file_name}: ends inside {name}"
+                    raise ValueError(f"{where}; it changed while it was read") from None

@@ -11,14 +11,18 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from minillm.checkpoint.layout import Box
 
 MAX_JSON = 64 * 2**20  # bytes of a header or manifest that we are ready to parse: far above any real one
 BLOCK = 4 * 2**20  # bytes written, then hashed while they are still in the processor's cache
@@ -35,34 +39,51 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+Header = dict[str, tuple[str, list[int], int, int]]  # dtype, shape, and where the data begin and end in the file
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write one safetensors file; returns its size and sha256. Copies a tensor only where it is on a device."""
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each starts aligned
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write one safetensors file of tensors; returns its size and sha256. Copies one only where it is on a device."""
+
+    def blocks(name: str) -> Iterator[memoryview]:
+        data = byte_view(tensors[name].detach().cpu().contiguous())
+        for start in range(0, len(data), BLOCK):
+            yield data[start : start + BLOCK]
+
+    return write_blocks(path, {name: (t.dtype, t.shape) for name, t in tensors.items()}, blocks)
+
+
+def write_blocks(
+    path: Path,
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    blocks: Callable[[str], Iterable[bytes | memoryview]],
+) -> dict[str, Any]:
+    """Write one safetensors file of tensors whose bytes come a block at a time, and see it on the disk.
+
+    Returns: its size and sha256.
+    """
+    names = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)  # so that each starts aligned
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name in names:
+        dtype, shape = tensors[name]
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-
-    def blocks() -> Iterator[bytes | memoryview]:
-        yield len(text).to_bytes(8, "little") + text
-        for tensor in tensors.values():
-            data = byte_view(tensor.detach().cpu().contiguous())
-            for start in range(0, len(data), BLOCK):
-                yield data[start : start + BLOCK]
-
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
-        for block in blocks():
+        for block in chain([len(text).to_bytes(8, "little") + text], *map(blocks, names)):
             file.write(block)
             digest.update(block)
-    return {"size": 8 + len(text) + end, "sha256": digest.hexdigest()}
+            size += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    assert size == 8 + len(text) + end, (path, size)
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
-def read_header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
+def read_header(path: Path) -> Header:
     """{name: (dtype, shape, begin, end)} of a safetensors file, the places counted from its start."""
     with opened(path) as (file, size):
         length = int.from_bytes(file.read(8), "little")
@@ -84,6 +105,39 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a valid safetensors header: {error}") from None
     return header
+
+
+def read_rows(file: BinaryIO, entry: tuple[str, list[int], int, int], box: Box, into: Tensor) -> None:
+    """Copy a part of a stored tensor, some blocks of rows at a time. Raises EOFError where the file ends too early.
+
+    `entry` is what the header says of the tensor, `box` the part of it, `into` a tensor of that part's shape.
+    """
+    code, shape, place, _ = entry
+    if not shape:  # a number is a row of one
+        shape, box, into = [1], Box((0,), (1,)), into.view(1)
+    row = DTYPES[code].itemsize * math.prod(shape[1:])
+    whole_rows = list(box.shape[1:]) == shape[1:]
+    in_place = whole_rows and into.device.type == "cpu" and into.is_contiguous()
+    step = max(1, BLOCK // row)
+    for start in range(0, box.shape[0], step):
+        part = into[start : start + step]
+        data = part if in_place else torch.empty((len(part), *shape[1:]), dtype=DTYPES[code])
+        file.seek(place + (box.offset[0] + start) * row)
+        if file.readinto(byte_view(data)) != len(part) * row:
+            raise EOFError
+        if not in_place:
+            for dim, (begin, length) in enumerate(zip(box.offset[1:], box.shape[1:]), start=1):
+                data = data.narrow(dim, begin, length)
+            part.copy_(data)
+
+
+def file_hash(path: Path, expected_size: int | None = None) -> str:
+    """Hex sha256 of a plain file. Raises ValueError where it is not one, has another size or cannot be read."""
+    with opened(path, expected_size) as (file, _):
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def byte_view(tensor: Tensor) -> memoryview:
