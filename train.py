@@ -98,8 +98,8 @@ def main(argv: Sequence[str]) -> int:
         said = (f"{name} {value}" for name, value in below[-1].values.items() if lookup(given, name) is None)
         LOGGER.info("chosen for the corpus: %s", ", ".join(said))
     with connect(config.run.device, config.parallel.timeout) as dist, run_of_all(config.run, dist) as run:
+        start = starting_point(config.run, run, dist)
         with dist.main_first("preparing the text"):
-            start = starting_point(config.run, run)
             tokenizer, sources = open_corpus(config.data, config.tokenizer)
         trainer, config = make_trainer(config, tokenizer, sources, run, dist, trackers)
         if start:

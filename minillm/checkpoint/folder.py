@@ -30,7 +30,7 @@ from minillm.checkpoint.shard import (
 )
 from minillm.distributed.context import Context
 from minillm.files import fsync_directory
-from minillm.tensors import local_part
+from minillm.tensors import local_part, narrowed
 
 logger = logging.getLogger("minillm")
 
@@ -232,8 +232,7 @@ def fill(path: str | Path, manifest: dict, targets: Mapping[str, Tensor]) -> Non
         with opened(Path(path) / file_name) as (file, _):
             for name, box, common in needed:
                 part, offset = local_part(targets[name].detach())
-                for dim, (begin, length) in enumerate(zip(common.offset, common.shape)):
-                    part = part.narrow(dim, begin - offset[dim], length)
+                part = narrowed(part, [a - b for a, b in zip(common.offset, offset)], common.shape)
                 inside = Box(tuple(a - b for a, b in zip(common.offset, box.offset)), common.shape)
                 try:
                     read_rows(file, header[name], inside, part)

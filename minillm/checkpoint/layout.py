@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minillm.checkpoint.ranks import on_every_rank
 from minillm.distributed.context import Context
-from minillm.tensors import local_part
+from minillm.tensors import local_part, narrowed
 
 
 class Box(NamedTuple):
@@ -111,7 +111,7 @@ def own_pieces(layout: Layout, tensors: Mapping[str, Tensor], rank: int) -> dict
         for writer, box in pieces:
             if writer == rank:
                 part, offset = local_part(tensors[name].detach())
-                own[name] = part.narrow(0, box.offset[0] - offset[0], box.shape[0]) if box.shape else part
+                own[name] = narrowed(part, [a - b for a, b in zip(box.offset, offset)], box.shape)
     return own
 
 

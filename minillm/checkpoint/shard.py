@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from minillm.checkpoint.layout import Box
+from minillm.tensors import narrowed
 
 MAX_JSON = 64 * 2**20  # bytes of a header or manifest that we are ready to parse: far above any real one
 BLOCK = 4 * 2**20  # bytes written, then hashed while they are still in the processor's cache
@@ -126,9 +127,7 @@ def read_rows(file: BinaryIO, entry: tuple[str, list[int], int, int], box: Box, 
         if file.readinto(byte_view(data)) != len(part) * row:
             raise EOFError
         if not in_place:
-            for dim, (begin, length) in enumerate(zip(box.offset[1:], box.shape[1:]), start=1):
-                data = data.narrow(dim, begin, length)
-            part.copy_(data)
+            part.copy_(narrowed(data, (0, *box.offset[1:]), part.shape))
 
 
 def file_hash(path: Path, expected_size: int | None = None) -> str:

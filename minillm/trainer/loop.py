@@ -335,11 +335,9 @@ class Trainer:
         }
         keep_last = self.config.keep_last if keep_last is None else keep_last
         at, tensors = self.progress.step, self.tensors()
-        if self.dist.is_main:
-            checkpoint.save(self.run.checkpoints, at, tensors, state, keep_last, self.best_step)
-        self.dist.barrier()
+        path = checkpoint.save(self.run.checkpoints, at, tensors, state, keep_last, self.best_step, self.dist)
         self.unsaved = False
-        return checkpoint.folder_of(self.run.checkpoints, at)
+        return path
 
     def resume(self, path: str | Path) -> None:
         """Continue from a checkpoint. Raises ValueError when it is damaged or of another model, tokenizer or data."""
@@ -351,7 +349,7 @@ class Trainer:
         ]
         if changed:
             raise ValueError(f"{path}: another run than the one to be continued: {'; '.join(changed)}")
-        checkpoint.load_tensors(path, self.tensors())
+        checkpoint.load_tensors(path, self.tensors(), dist=self.dist)
         self.progress = Progress(**state["progress"] | {"bad_steps_in_a_row": 0})  # or one more would stop it again
         if "spike_watch" in state:
             self.spike_watch.load(state["spike_watch"])
