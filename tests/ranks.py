@@ -7,6 +7,7 @@ import atexit
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -91,6 +92,10 @@ def serve(connection: Connection) -> None:
             answer = True, function(*args)
         except BaseException:
             answer = False, traceback.format_exc()
+        if "torch.distributed.tensor" in sys.modules:  # whose cache holds the meshes of the process group that is gone
+            from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+            _clear_sharding_prop_cache()
         connection.send(answer)
 
 
