@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minillm.optim.config import OptimConfig, chosen
+from minillm.tensors import parameter_names
 
 KINDS = ("muon", "decay", "no_decay")
 
@@ -28,7 +29,7 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     scales = config.scales()
     sorted_out: dict[tuple[str, float], list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameter_names(model).items():
         if not parameter.requires_grad:
             continue
         if parameter.ndim < 2 or id(parameter) in embeddings:
@@ -58,7 +59,7 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
 
 def unmatched_patterns(model: nn.Module, config: OptimConfig) -> list[str]:
     """A line for each pattern of `lr_scales` that fits no parameter of the model."""
-    names = [name for name, _ in model.named_parameters()]
+    names = list(parameter_names(model))
     return [
         f"optim.lr_scales: {pattern!r} fits no parameter; they are called {names[0]}, ..., {names[-1]}"
         for pattern, _ in config.scales()

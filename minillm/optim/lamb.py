@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minillm.optim.gradients import run_closure
+from minillm.optim.sharded import parts, whole_norms
 
 
 class Lamb(torch.optim.Optimizer):
@@ -16,7 +17,8 @@ class Lamb(torch.optim.Optimizer):
 
         w <- w - lr |w| / |r + weight_decay w| (r + weight_decay w)
 
-    where either norm is 0, the ratio is 1. Source: You et al. 2020 (arXiv:1904.00962), algorithm 2 with phi(z) = z.
+    where either norm is 0, the ratio is 1. Of a parameter that ranks hold in parts both norms are those of the whole.
+    Source: You et al. 2020 (arXiv:1904.00962), algorithm 2 with phi(z) = z.
     """
 
     def __init__(
@@ -33,9 +35,12 @@ class Lamb(torch.optim.Optimizer):
     def step(self, closure=None):
         loss = run_closure(closure)
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.step_one(parameter, group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter] = self.initial_state(group, parameter)
+            if parameters:
+                self.step_group(parameters, group)
         return loss
 
     def initial_state(self, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
@@ -43,15 +48,23 @@ class Lamb(torch.optim.Optimizer):
         step = torch.zeros((), dtype=torch.float32)
         return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
-    def step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        if not self.state[parameter]:
-            self.state[parameter] = self.initial_state(group, parameter)
-        state, (beta1, beta2) = self.state[parameter], group["betas"]
-        state["step"] += 1
-        t = int(state["step"])
-        m = state["exp_avg"].lerp_(parameter.grad, 1 - beta1) / (1 - beta1**t)
-        v = state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2) / (1 - beta2**t)
-        update = m / (v.sqrt() + group["eps"]) + group["weight_decay"] * parameter
-        weight_norm, update_norm = parameter.norm(), update.norm()
-        ratio = torch.where((weight_norm > 0) & (update_norm > 0), weight_norm / update_norm, 1.0)
-        parameter.sub_(update * (group["lr"] * ratio))
+    def step_group(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        states, (beta1, beta2) = [self.state[p] for p in parameters], group["betas"]
+        weights, gradients = parts(parameters), parts([p.grad for p in parameters])
+        m, v = (parts([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))
+        torch._foreach_add_([state["step"] for state in states], 1)
+        steps = [int(state["step"]) for state in states]
+        torch._foreach_lerp_(m, gradients, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
+        roots = torch._foreach_div(v, [1 - beta2**t for t in steps])
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, group["eps"])
+        updates = torch._foreach_div(m, [1 - beta1**t for t in steps])
+        torch._foreach_div_(updates, roots)
+        torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+        weight_norms, update_norms = whole_norms([*weights, *updates], [*parameters, *parameters]).chunk(2)
+        both = (weight_norms > 0) & (update_norms > 0)
+        lengths = group["lr"] * torch.where(both, weight_norms / update_norms, 1.0)
+        torch._foreach_mul_(updates, lengths.unbind())
+        torch._foreach_sub_(weights, updates)

@@ -5,10 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as torch_dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from minillm.optim.exchange import Exchange
 from minillm.optim.gradients import run_closure
+from minillm.optim.sharded import parts
+from minillm.tensors import is_sharded
 
 # A quintic whose repeated application brings every singular value in (0, 1] near 1: Jordan 2024,
 # https://kellerjordan.github.io/posts/muon/. It ends between 0.7 and 1.2, which trains as well as exactly 1.
@@ -19,6 +23,8 @@ NEWTON_SCHULZ_STEPS = 5
 MUON_UPDATE_RMS = 0.2
 # Matrices are stacked to keep a device busy with small ones; large ones do that alone and only cost memory.
 MAX_STACKED_ELEMENTS = 2**25
+# Of sharded matrices so many numbers a rank are on their way at once, which bounds the memory that this takes.
+MAX_SENT_ELEMENTS = 2**27
 
 
 class Muon(torch.optim.Optimizer):
@@ -28,7 +34,8 @@ class Muon(torch.optim.Optimizer):
     matrix move equally far, also those that the gradient barely touches. A step of lr has the same root mean square
     as AdamW's, so both take the same learning rate.
 
-    Only `orthogonalized` needs a matrix as a whole; the rest works on any shard of it.
+    Only the orthogonal matrix needs a whole one; all else, and the state, stays in the parts that ranks hold. Each rank
+    orthogonalises its share of the matrices (see Exchange).
     """
 
     def __init__(
@@ -43,6 +50,7 @@ class Muon(torch.optim.Optimizer):
     ):
         defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(groups, defaults | {"fused": fused})
+        self.batches: dict[tuple[int, ...], list[tuple[list[Tensor], Exchange]]] = {}  # see `exchanges`
         for group in self.param_groups:
             for parameter in group["params"]:
                 if group["name"] == "muon" and parameter.ndim != 2:
@@ -75,21 +83,48 @@ class Muon(torch.optim.Optimizer):
         }
 
     def step_muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        gradients = [p.grad for p in parameters]
-        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        whole = [p for p in parameters if not is_sharded(p)]
+        if whole:
+            self.apply(whole, orthogonalized(self.directions(whole, group)), group)
+        for batch, exchange in self.exchanges([p for p in parameters if is_sharded(p)]):
+            pieces = self.directions(batch, group)
+            wholes = exchange.gathered(pieces)
+            exchange.returned(dict(zip(wholes, orthogonalized(list(wholes.values())))), pieces)
+            self.apply(batch, pieces, group)
+
+    def exchanges(self, parameters: list[Tensor]) -> list[tuple[list[Tensor], Exchange]]:
+        """Sharded matrices in batches of which each rank can take its share at once; made anew for new ones only."""
+        key = tuple(id(p) for p in parameters)
+        if parameters and key not in self.batches:
+            batches, most = [[]], MAX_SENT_ELEMENTS * torch_dist.get_world_size()
+            for parameter in parameters:
+                if batches[-1] and sum(p.numel() for p in batches[-1]) + parameter.numel() > most:
+                    batches.append([])
+                batches[-1].append(parameter)
+            self.batches[key] = [(batch, Exchange(batch, [work(p.shape) for p in batch])) for batch in batches]
+        return self.batches.get(key, [])
+
+    def directions(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """What this rank's parts of the momenta are, a step ahead, in the dtype that they are orthogonalised in."""
+        gradients = parts([p.grad for p in parameters])
+        momenta = parts([self.state[p]["momentum_buffer"] for p in parameters])
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: a step ahead
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for parameter, update in zip(parameters, orthogonalized(directions)):
-            parameter.add_(update, alpha=-group["lr"] * MUON_UPDATE_RMS * math.sqrt(max(parameter.shape)))
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
+        return [direction.to(orthogonalization_dtype(direction)) for direction in ahead]
+
+    def apply(self, parameters: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> None:
+        weights = parts(parameters)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        for parameter, weight, update in zip(parameters, weights, updates):
+            weight.add_(update, alpha=-group["lr"] * MUON_UPDATE_RMS * math.sqrt(max(parameter.shape)))
 
     def step_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in parameters]
         adamw(
-            parameters,
-            [p.grad for p in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            parts(parameters),
+            parts([p.grad for p in parameters]),
+            parts([state["exp_avg"] for state in states]),
+            parts([state["exp_avg_sq"] for state in states]),
             [],
             [state["step"] for state in states],
             fused=group["fused"],
@@ -101,6 +136,12 @@ class Muon(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def work(shape: torch.Size) -> int:
+    """How much work a matrix of that shape is to orthogonalise: products of one round of `newton_schulz`."""
+    rows, columns = sorted(shape)
+    return rows * rows * (2 * columns + rows)
 
 
 def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
@@ -125,8 +166,8 @@ def newton_schulz(x: Tensor) -> Tensor:
     X -> a X + b (X X^T) X + c (X X^T)^2 X is a polynomial in each singular value and leaves U and V alone.
     """
     a, b, c = NEWTON_SCHULZ
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value is above 1 now
-    x = x.to(orthogonalization_dtype(x))
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    x = (x / norm.clamp(min=1e-7)).to(x.dtype)  # no singular value is above 1 now
     gram, step = x.new_empty(len(x), x.shape[1], x.shape[1]), torch.empty_like(x)
     for _ in range(NEWTON_SCHULZ_STEPS):
         torch.bmm(x, x.mT, out=gram)  # (n, rows, rows)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillm.optim import parts, whole_norms
+
 
 @contextmanager
 def norms_noted(
@@ -21,21 +23,16 @@ def norms_noted(
     weight_norm/NAME before the step; grad_norm/NAME before clipping; update_ratio/NAME, the norm of the step's change
     over that of the weight (None for a weight of zeros).
     """
-    weights = list(parameters.values())
+    wholes = list(parameters.values())
     with torch.no_grad():
+        weights = parts(wholes)
         before = torch._foreach_mul(weights, 1.0)  # a copy: the optimizer changes the weights in place
-        norms = norms_of(before)
+        norms = whole_norms(before, wholes)
     yield
     with torch.no_grad():
-        changes = norms_of(torch._foreach_sub(before, weights))
+        changes = whole_norms(torch._foreach_sub(before, weights), wholes)
     row: dict[str, Any] = {"step": step}
     for name, weight, gradient, change in zip(parameters, *(x.tolist() for x in (norms, gradient_norms, changes))):
         ratio = change / weight if weight else None
         row |= {f"weight_norm/{name}": weight, f"grad_norm/{name}": gradient, f"update_ratio/{name}": ratio}
     notes.append(("norms", row))
-
-
-def norms_of(tensors: list[Tensor]) -> Tensor:
-    """(P,): the norm of each."""
-    found = torch.stack(torch._foreach_norm(tensors))
-    return found.full_tensor() if hasattr(found, "full_tensor") else found
