@@ -162,7 +162,7 @@ def trained_on_ranks(layouts: list[str], names: list[str]) -> dict[tuple[str, st
     [(2, ["fsdp 2"], list(OPTIMIZERS)), (4, ["fsdp 4", "hsdp 2x2", "fsdp 2 x tp 2"], ["adamw", "muon", "lamb"])],
 )
 def test_twenty_steps_on_parts_equal_those_of_one_process(ranks, layouts, names):
-    results = run_ranks(ranks, trained_on_ranks, layouts, names)
+    results = run_ranks(ranks, trained_on_ranks, layouts, names, seconds=300)
     for layout in layouts:
         for name in names:
             expected = train(transformer(LAYOUTS[layout][1]), name)
