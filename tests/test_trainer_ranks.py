@@ -1,0 +1,168 @@
+"""The trainer under ranks: the same run, however its work is divided; and one decision for all."""
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from minillm.data.batch import Batch
+from minillm.distributed.config import Layout
+from minillm.distributed.context import connect, with_mesh
+from minillm.distributed.parallelize import parallelize
+from minillm.losses import IGNORE_INDEX
+from minillm.model.config import ModelConfig
+from minillm.model.init import init_weights
+from minillm.model.transformer import Transformer
+from minillm.objectives import NextToken
+from minillm.optim import OptimConfig, build_optimizer
+from minillm.tensors import local_part, parameter_names
+from minillm.trainer import TrainConfig, Trainer
+
+ROWS, T, V = 8, 16, 56
+STEPS = 20
+ONE = Layout("ddp", 1, 1, 1)
+MODEL = {"vocab_size": V, "dim": 40, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": T}
+NO_TARGETS_ON_RANK_1 = 5  # the step of which every second row has no target
+NO_TARGETS = 7
+
+
+class Dealt:
+    """Eight rows a step, a function of the cursor, of which most targets are ignored; dealt to ranks like cards."""
+
+    samples_per_step, samples_per_epoch, tokens_per_step = ROWS, 100 * ROWS, ROWS * T
+
+    def __init__(self, dist, accumulation):
+        self.dist, self.accumulation = dist, accumulation
+
+    def batches(self, cursor):
+        step = cursor // ROWS
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(V, (ROWS, T + 1), generator=generator)
+        kept = torch.rand(ROWS, T, generator=generator) < torch.rand(ROWS, 1, generator=generator)
+        kept[1::2] &= step != NO_TARGETS_ON_RANK_1
+        kept &= step != NO_TARGETS
+        targets = tokens[:, 1:].masked_fill(~kept, IGNORE_INDEX)
+        mine = slice(self.dist.dp_rank, None, self.dist.dp_size)
+        fields = zip(tokens[mine, :-1].chunk(self.accumulation), targets[mine].chunk(self.accumulation))
+        return [Batch(*one) for one in fields]
+
+
+def make(dist, chosen: Layout, accumulation: int, optim: dict[str, Any], **options) -> Trainer:
+    dist = with_mesh(dist, chosen.dp_replicate, chosen.dp_shard, chosen.tp)
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**MODEL))
+    model = parallelize(model, dist=dist, layout=chosen, init=partial(init_weights, seed=1))
+    config = OptimConfig(**{"name": "adamw", "lr": 3e-3, "grad_clip": 0.5} | optim)
+    return Trainer(
+        model,
+        build_optimizer(model, config),
+        options.pop("objective", NextToken(V)),
+        Dealt(dist, accumulation),
+        TrainConfig(precision="fp32", spike=options.pop("spike", "report")),
+        steps=STEPS,
+        lr_at=lambda step: config.lr,
+        dist=dist,
+        grad_clip=config.grad_clip,
+        **options,
+    )
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def twenty_steps(chosen, accumulations, optim):
+    """Losses, gradient norms and final weights for each number of micro-batches."""
+    found = []
+    with connect("cpu", timeout=60) as dist:
+        for accumulation in accumulations:
+            trainer = make(dist, chosen, accumulation, optim)
+            steps = [trainer.step() for _ in range(STEPS)]
+            weights = {name: whole(parameter) for name, parameter in trainer.parameters.items()}
+            found.append(([one["loss"] for one in steps], [one["grad_norm"] for one in steps], weights))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {name: run_ranks(1, twenty_steps, ONE, [1], {"name": name})[0][0] for name in ("adamw", "muon")}
+
+
+LAYOUTS = [
+    (ONE, [2, 4]),
+    (Layout("ddp", 2, 1, 1), [1, 2, 4]),
+    (Layout("ddp", 4, 1, 1), [1, 2]),
+    (Layout("fsdp", 1, 2, 1), [1, 2, 4]),
+    (Layout("fsdp", 1, 4, 1), [1, 2]),
+    (Layout("hsdp", 2, 2, 1), [1, 2]),
+    (Layout("fsdp", 1, 1, 2), [1, 4]),
+    (Layout("fsdp", 1, 2, 2), [1, 4]),
+    (Layout("ddp", 2, 1, 2), [2]),
+]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: "{}-{}x{}x{}".format(*vars(case[0]).values()))
+def test_the_run_is_the_same_however_it_is_divided(alone, case, name):
+    """Also where ranks have unequal numbers of targets, one of them none in a step, and all of them none in another."""
+    chosen, accumulations = case
+    losses, norms, weights = alone[name]
+    assert losses[NO_TARGETS] is None
+    ranks = chosen.dp_replicate * chosen.dp_shard * chosen.tp
+    for found in run_ranks(ranks, twenty_steps, chosen, accumulations, {"name": name}):
+        for its_losses, its_norms, its_weights in found:
+            assert [x or 0 for x in its_losses] == pytest.approx([x or 0 for x in losses], rel=1e-5)
+            assert [x or 0 for x in its_norms] == pytest.approx([x or 0 for x in norms], rel=1e-5)
+            for parameter, weight in weights.items():
+                distance = (its_weights[parameter] - weight).norm() / weight.norm()
+                assert distance < 1e-5, (parameter, distance)
+
+
+class Poisoned(NextToken):
+    """Its loss is finite, and its gradient is not, on one rank, in some steps."""
+
+    def __init__(self, dist, bad_steps):
+        super().__init__(V)
+        self.dist, self.bad_steps, self.step = dist, bad_steps, -1
+
+    def __call__(self, model, batch):
+        self.step += 1
+        loss, metrics = super().__call__(model, batch)
+        if self.step in self.bad_steps and self.dist.rank == 1:
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss, metrics
+
+
+def skip_one(chosen):
+    with connect("cpu", timeout=60) as dist:
+        trainer = make(dist, chosen, 1, {}, objective=Poisoned(dist, [3]))
+        steps = []
+        for step in range(5):
+            before = {name: local_part(tensor)[0].clone() for name, tensor in trainer.tensors().items()}
+            steps.append(trainer.step())
+            after = {name: local_part(tensor)[0] for name, tensor in trainer.tensors().items()}
+            steps[-1]["untouched"] = all(torch.equal(before[name], after[name]) for name in before)
+            assert all(tensor.isfinite().all() for tensor in after.values()), step
+        return [one["untouched"] for one in steps], trainer.progress.skipped_steps
+
+
+@pytest.mark.parametrize("chosen", [Layout("ddp", 2, 1, 1), Layout("fsdp", 1, 2, 1)], ids=["ddp", "fsdp"])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_a_step_skipped_by_all(chosen):
+    assert run_ranks(2, skip_one, chosen) == [([False, False, False, True, False], 1)] * 2
+
+
+def parameters_by_name():
+    with connect("cpu", timeout=60) as dist:
+        return [
+            sorted(parameter_names(make(dist, chosen, 1, {}).model))
+            for chosen in (Layout("ddp", 2, 1, 1), Layout("fsdp", 1, 2, 1))
+        ]
+
+
+def test_names_are_those_of_the_model_whatever_is_around_it():
+    with torch.device("meta"):
+        names = sorted(dict(Transformer(ModelConfig(**MODEL)).named_parameters()))
+    assert run_ranks(2, parameters_by_name) == [[names, names]] * 2
