@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
     trackers = make_trackers(config.log, config.run.dir)
     if not home:
         said = (f"{name} {value}" for name, value in below[-1].values.items() if lookup(given, name) is None)
-        LOGGER.info("chosen for the corpus: %s", ", ".join(said))
+        LOGGER.info("chosen for the corpus: %s", ", ".join(said) or "nothing, all is given")
     with connect(config.run.device, config.parallel.timeout) as dist, run_of_all(config.run, dist) as run:
         start = starting_point(config.run, run, dist)
         with dist.main_first("preparing the text"):

@@ -646,7 +646,7 @@ def running(pid) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to see the workers")
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_the_program(tmp_path, end):
-    process = start_script(tmp_path, 20, workers=2)
+    process = start_script(tmp_path, 100, workers=2)
     cache = tmp_path / "cache"
     try:
         wait_for(lambda: any(cache.glob(".*.partial/tokens/train-00000.npy")))

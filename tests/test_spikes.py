@@ -2,7 +2,6 @@
 
 import random
 import statistics
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -100,14 +99,6 @@ def test_batches_of_a_harder_kind_are_no_spikes():
 # --- in training ------------------------------------------------------------------------------------------------------
 
 
-class Pair(NamedTuple):
-    x: torch.Tensor
-    y: torch.Tensor
-
-    def to(self, device):
-        return self
-
-
 class Rows:
     """Rows of (x, y), some of whose steps hold garbage."""
 
@@ -120,7 +111,7 @@ class Rows:
         generator = torch.Generator().manual_seed(cursor)
         x = torch.randn(16, 4, generator=generator)
         y = x.sum(1, keepdim=True) + torch.randn(16, 1, generator=generator)
-        return [Pair(x, y * 100 if cursor // 16 + 1 in self.garbage else y)]
+        return [(x, y * 100 if cursor // 16 + 1 in self.garbage else y)]
 
 
 class SquaredError:

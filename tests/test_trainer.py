@@ -5,7 +5,6 @@ import math
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,15 +17,6 @@ from minillm.run import RunDirectory
 from minillm.trainer import NonFiniteError, TrainConfig, Trainer, dropout_seed, total_steps
 
 STEPS = 12
-
-
-class Triple(NamedTuple):
-    x: torch.Tensor
-    y: torch.Tensor
-    counted: torch.Tensor
-
-    def to(self, device):
-        return self
 
 
 class Rows:
@@ -45,8 +35,9 @@ class Rows:
         counted = (torch.arange(6) % 3 != 1) & torch.tensor(step not in self.ignored_steps)
         if self.poison and step in self.poison:
             y[0] = math.nan
-        size = self.micro_batch_size
-        return [Triple(*(t[i : i + size] for t in (x, y, counted))) for i in range(0, 6, size)]
+        return [
+            tuple(t[i : i + self.micro_batch_size] for t in (x, y, counted)) for i in range(0, 6, self.micro_batch_size)
+        ]
 
 
 class Interrupted(Rows):

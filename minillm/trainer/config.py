@@ -46,7 +46,7 @@ class TrainConfig:
 class Loader(Protocol):
     """Where batches come from: a pure function of how many samples the run has consumed.
 
-    A batch is what the objective takes, in host memory; its `to(device)` gives it on the device.
+    A batch is what the objective takes, in host memory: a tuple of tensors, or something with `to(device)`.
     """
 
     samples_per_step: int
@@ -54,6 +54,11 @@ class Loader(Protocol):
     tokens_per_step: int
 
     def batches(self, cursor: int) -> Sequence[Any]: ...
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch on the device."""
+    return batch.to(device) if hasattr(batch, "to") else tuple(x.to(device, non_blocking=True) for x in batch)
 
 
 def total_steps(config: TrainConfig, loader: Loader) -> int:

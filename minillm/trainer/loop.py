@@ -22,7 +22,7 @@ from minillm.optim import clip_grad_norm_, gradient_norms, optimizer_tensors
 from minillm.run import RunDirectory
 from minillm.signals import stop_requests
 from minillm.tensors import parameter_names
-from minillm.trainer.config import DTYPES, Loader, TrainConfig, completed
+from minillm.trainer.config import DTYPES, Loader, TrainConfig, completed, moved
 from minillm.trainer.norms import norms_noted
 from minillm.trainer.progress import NonFiniteError, Progress, Stopped, dropout_seed
 from minillm.trainer.spikes import SpikeWatch
@@ -112,7 +112,7 @@ class Trainer:
             torch.manual_seed(dropout_seed(self.seed, at.step, i, dist.rank))
             with gradient_sync(self.model, last=i + 1 == len(micro_batches)):
                 with self.autocast():
-                    loss_sum, metrics = self.objective(self.model, batch.to(dist.device))
+                    loss_sum, metrics = self.objective(self.model, moved(batch, dist.device))
                 self.scaler.scale(loss_sum * (dist.dp_size / n)).backward()  # undoes the mean over data-parallel ranks
             losses.append(loss_sum.detach())
             for name, pair in metrics.items():
