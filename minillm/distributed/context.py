@@ -176,16 +176,17 @@ def backends_of(device: torch.device) -> str:
 
 def find_local_device(name: str, local_rank: int) -> torch.device:
     """The device of one of several processes on a machine: of several accelerators, that of its local rank."""
+    count = torch.accelerator.device_count()
+    if local_rank < count:
+        torch.accelerator.set_device_index(local_rank)  # first of all, or each rank takes memory on the first one too
     device = find_device(name)
     if device.type == "cpu":
         return device
-    count = torch.accelerator.device_count()
     if local_rank >= count:
         raise ValueError(
             f"run.device: {device.type} has {count} devices here, but this is local rank {local_rank}: "
             f"start with --nproc_per_node {count}, or with --run.device cpu"
         )
-    torch.accelerator.set_device_index(local_rank)
     return torch.device(device.type, local_rank)
 
 

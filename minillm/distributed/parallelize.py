@@ -54,7 +54,7 @@ def parallelize(
     Parameter names stay as they are, seen through `minillm.tensors.parameter_names`.
     """
     checkpoint_and_compile(model, activation_checkpointing, compile)
-    if layout.strategy != "ddp":
+    if layout.strategy != "ddp" and layout.dp_replicate * layout.dp_shard > 1:
         shard(model, dist, layout, dtype, reshard_after_forward, compress)
     if init is not None:
         model.to_empty(device=dist.device if dist is not None else "cpu")

@@ -279,9 +279,13 @@ class Trainer:
         log.write(row)
 
     def agree(self) -> None:
-        """Let all ranks know of a signal that came to one of them, and of one time; each calls it at the same place."""
-        number = signal.Signals[self.asked_to_stop].value if self.asked_to_stop else 0
-        number, self.progress.seconds = self.dist.max(torch.tensor([number, self.progress.seconds]).double()).tolist()
+        """Let all ranks know what is known to one: that a signal came, and how long the slowest took and its loader.
+
+        Each calls it at the same place.
+        """
+        number = float(signal.Signals[self.asked_to_stop]) if self.asked_to_stop else 0.0
+        known = torch.tensor([number, self.progress.seconds, self.clock.waited], dtype=torch.float64)
+        number, self.progress.seconds, self.clock.waited = self.dist.max(known).tolist()
         self.stop_signal = signal.Signals(int(number)).name if number else None
 
     def raise_if_stopped(self) -> None:
