@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from minillm.distributed.parallelize import parallelize
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.optim import (
@@ -298,6 +299,18 @@ def test_each_group_follows_its_own_scale():
 def test_a_pattern_that_fits_nothing_is_named():
     with pytest.raises(ValueError, match=r"optim\.lr_scales: 'embd' fits no parameter; they are called embed\.weight"):
         build_optimizer(transformer(), config(lr_scales=["embd=0.1"]))
+
+
+def test_groups_are_made_by_the_names_before_any_wrapping():
+    optim_config = config(name="muon", lr_scales=["blocks.0.attn.q_proj.weight=0.5", "blocks.?.mlp.*=3"])
+    plain, wrapped = transformer(), transformer()
+    parallelize(wrapped, activation_checkpointing="full")
+    scales = [
+        [(g["name"], g["lr_scale"], [p.shape for p in g["params"]]) for g in param_groups(model, optim_config)]
+        for model in (plain, wrapped)
+    ]
+    assert scales[0] == scales[1]
+    assert {scale for _, scale, _ in scales[0]} == {0.5, 1.0, 3.0}
 
 
 @pytest.mark.parametrize("item", ["embed", "embed=", "=2", "embed=-1", "embed=inf", "embed=x"])

@@ -19,12 +19,14 @@ from minillm.optim import (
     build_optimizer,
     clip_grad_norm_,
     gradient_norms,
+    lamb,
     muon,
     optimizer_tensors,
     param_groups,
     unscale_,
 )
 from minillm.optim.exchange import divided
+from minillm.optim.sharded import batched
 from minillm.tensors import is_sharded, local_part, parameter_names
 from minillm.trainer.norms import norms_noted
 
@@ -148,7 +150,8 @@ LAYOUTS = {
 
 
 def trained_on_ranks(layouts: list[str], names: list[str]) -> dict[tuple[str, str], dict[str, Tensor]]:
-    with connect("cpu") as dist:
+    with connect("cpu") as dist, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lamb, "MAX_ELEMENTS", 500)  # several batches
         meshes = {layout: with_mesh(dist, *LAYOUTS[layout][0]).mesh for layout in layouts}
         return {
             (layout, name): train(cut(transformer(LAYOUTS[layout][1]), mesh), name)
@@ -278,3 +281,9 @@ def test_work_is_divided_evenly():
     for piece, rank in zip(pieces, divided(pieces, 8)):
         load[rank] += piece
     assert max(load) < 1.02 * sum(pieces) / 8
+
+
+def test_batches_keep_the_order_and_their_size():
+    parameters = [torch.zeros(size) for size in (3, 4, 9, 1, 2, 5, 8)]
+    assert [[p.numel() for p in batch] for batch in batched(parameters, 8)] == [[3, 4], [9], [1, 2, 5], [8]]
+    assert batched([], 8) == []

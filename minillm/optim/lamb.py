@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from minillm.optim.gradients import run_closure
-from minillm.optim.sharded import parts, whole_norms
+from minillm.optim.sharded import batched, parts, whole_norms
+
+MAX_ELEMENTS = 2**25  # that are updated at once, which bounds the memory that this takes
 
 
 class Lamb(torch.optim.Optimizer):
@@ -39,8 +41,8 @@ class Lamb(torch.optim.Optimizer):
             for parameter in parameters:
                 if not self.state[parameter]:
                     self.state[parameter] = self.initial_state(group, parameter)
-            if parameters:
-                self.step_group(parameters, group)
+            for batch in batched(parameters, MAX_ELEMENTS):
+                self.step_batch(batch, group)
         return loss
 
     def initial_state(self, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
@@ -48,7 +50,7 @@ class Lamb(torch.optim.Optimizer):
         step = torch.zeros((), dtype=torch.float32)
         return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 
-    def step_group(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def step_batch(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         states, (beta1, beta2) = [self.state[p] for p in parameters], group["betas"]
         weights, gradients = parts(parameters), parts([p.grad for p in parameters])
         m, v = (parts([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))

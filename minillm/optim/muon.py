@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 from minillm.optim.exchange import Exchange
 from minillm.optim.gradients import run_closure
-from minillm.optim.sharded import parts
+from minillm.optim.sharded import batched, parts
 from minillm.tensors import is_sharded
 
 # A quintic whose repeated application brings every singular value in (0, 1] near 1: Jordan 2024,
@@ -96,11 +96,7 @@ class Muon(torch.optim.Optimizer):
         """Sharded matrices in batches of which each rank can take its share at once; made anew for new ones only."""
         key = tuple(id(p) for p in parameters)
         if parameters and key not in self.batches:
-            batches, most = [[]], MAX_SENT_ELEMENTS * torch_dist.get_world_size()
-            for parameter in parameters:
-                if batches[-1] and sum(p.numel() for p in batches[-1]) + parameter.numel() > most:
-                    batches.append([])
-                batches[-1].append(parameter)
+            batches = batched(parameters, MAX_SENT_ELEMENTS * torch_dist.get_world_size())
             self.batches[key] = [(batch, Exchange(batch, [work(p.shape) for p in batch])) for batch in batches]
         return self.batches.get(key, [])
 

@@ -18,6 +18,19 @@ def parts(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]
 
 
+def batched(parameters: Sequence[Tensor], most: int) -> list[list[Tensor]]:
+    """The parameters in order, in lists of at most so many numbers (or of one parameter), counted over all ranks."""
+    batches: list[list[Tensor]] = []
+    total = math.inf
+    for parameter in parameters:
+        total += parameter.numel()
+        if total > most:
+            batches.append([])
+            total = parameter.numel()
+        batches[-1].append(parameter)
+    return batches
+
+
 def whole_norms(pieces: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
     """(P,): the norm of each whole tensor, of which `pieces` are what this rank holds; equal on all ranks.
 
