@@ -9,12 +9,13 @@
 The manifest is written last, and the directory gets its name by one rename after every byte is on the disk. So a
 reader finds the old state or the new one, and a directory whose manifest does not hold is no checkpoint at all.
 Nothing here unpickles. shard.py is one file of tensors, layout.py who writes what, manifest.py the proof, folder.py one
-checkpoint, series.py those of a run, and ranks.py how many ranks do it as one.
+checkpoint, series.py those of a run, ranks.py how many ranks do it as one, and saver.py how training goes on meanwhile.
 """
 
 from minillm.checkpoint.folder import fill, load_tensors, match_tensors, read, verify, write
 from minillm.checkpoint.manifest import OPTIM
 from minillm.checkpoint.ranks import ALONE
+from minillm.checkpoint.saver import Saver
 from minillm.checkpoint.series import candidates, folder_of, latest, save
 from minillm.checkpoint.shard import DTYPES
 
@@ -22,6 +23,7 @@ __all__ = [
     "ALONE",
     "DTYPES",
     "OPTIM",
+    "Saver",
     "candidates",
     "fill",
     "folder_of",
