@@ -1,6 +1,7 @@
 """Saving in the background: what is saved is what was there at the call, and what goes wrong is heard of."""
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,18 +76,23 @@ def test_without_background_it_is_saved_on_return(tmp_path):
 def test_a_full_disk_is_heard_of_and_leaves_the_earlier_checkpoint(disk, heard_by):
     place, fill = disk
     place, saver = place / "checkpoints", Saver(ALONE, background=True)
-    with pytest.raises(ValueError, match="step-00000002: cannot be written"), saver:
-        saver.save(place, 1, {"w": torch.ones(N)}, {"value": 1.0}, keep_last=1)
-        saver.wait()
-        fill()
-        saver.save(place, 2, {"w": torch.ones(N)}, {"value": 1.0}, keep_last=1)
-        if heard_by == "wait":
+
+    def save_twice() -> None:
+        with saver:
+            saver.save(place, 1, {"w": torch.ones(N)}, {"value": 1.0}, keep_last=1)
             saver.wait()
-        elif heard_by == "save":
-            saver.save(place, 3, {"w": torch.ones(N)}, {"value": 1.0})
-        elif heard_by == "poll":
+            fill()
+            saver.save(place, 2, {"w": torch.ones(N)}, {"value": 1.0}, keep_last=1)
             saver.thread.join()
-            saver.poll()
+            {
+                "poll": saver.poll,
+                "wait": saver.wait,
+                "save": lambda: saver.save(place, 3, {"w": torch.ones(N)}, {"value": 1.0}),
+                "the end": lambda: None,
+            }[heard_by]()
+
+    with pytest.raises(ValueError, match="step-00000002: cannot be written"):
+        save_twice()
     assert names(place) == ["step-00000001"]
     assert value_of(checkpoint.latest(place)) == 1
     saver.wait()  # it is said once
@@ -94,7 +100,8 @@ def test_a_full_disk_is_heard_of_and_leaves_the_earlier_checkpoint(disk, heard_b
 
 def test_a_program_that_fails_is_not_held_up_by_the_writer(tmp_path, gate, monkeypatch, caplog):
     monkeypatch.setattr(checkpoint.saver, "GRACE", 0.01)
-    with pytest.raises(KeyError), Saver(ALONE, background=True) as saver:
+    saver = Saver(ALONE, background=True)
+    with suppress(KeyError), saver:
         saver.save(tmp_path, 1, {"w": torch.ones(N)}, {"value": 1.0})
         raise KeyError
     assert "save step 1: not finished" in caplog.text

@@ -181,6 +181,25 @@ def test_the_last_step_is_always_saved_and_the_summary_written(tmp_path):
     assert (summary["finished"], summary["step"], summary["skipped_steps"]) == (True, STEPS, 0)
 
 
+def test_saving_in_the_background_saves_the_same(tmp_path):
+    for name in "ab":
+        trainer = make_trainer(prepared(tmp_path / name), dropout=0.5, keep_last=9, async_save=name == "b")
+        trainer.fit()
+        assert bool(trainer.saver.staging) == (name == "b")
+    saved = [sorted((tmp_path / name / "checkpoints").glob("*/*.safetensors")) for name in "ab"]
+    assert len(saved[0]) == len(saved[1]) == 6
+    assert [path.read_bytes() for path in saved[0]] == [path.read_bytes() for path in saved[1]]
+
+
+def test_what_fails_in_the_background_ends_the_run_before_the_next_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, async_save=True)
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(ValueError, match="step-00000005: cannot be written: a file is where a directory is needed"):
+        trainer.fit()
+    assert 5 <= trainer.progress.step <= 10
+    assert not (tmp_path / "summary.json").exists()
+
+
 def test_a_non_finite_step_touches_neither_weights_nor_moments():
     trainer = make_trainer(loader=Rows(poison=[2]))
     trainer.step(), trainer.step()

@@ -30,6 +30,9 @@ class TrainConfig:
     compile: Annotated[bool, "compile each block (minutes at the start, faster steps after)"] = False
     eval_every: Annotated[int | None, "steps between evaluations; none: ten a run", ">= 1"] = None
     save_every: Annotated[int | None, "steps between checkpoints; none: five a run", ">= 1"] = None
+    async_save: Annotated[
+        bool | None, "write checkpoints while training goes on, from a copy in host memory; none: on an accelerator"
+    ] = None
     keep_last: Annotated[int, "checkpoints kept; under patience also the best", ">= 1"] = 2
     patience: Annotated[int | None, "stop after so many evaluations in a row without a better val_loss", ">= 1"] = None
     spike: Annotated[
@@ -80,4 +83,6 @@ def completed(config: TrainConfig, steps: int, device: torch.device) -> TrainCon
         precision=best_precision(device) if config.precision == "auto" else config.precision,
         eval_every=config.eval_every or math.ceil(steps / 10),
         save_every=config.save_every or math.ceil(steps / 5),
+        # on a CPU the copy would lie beside the weights, and writing would take from the cores that train
+        async_save=device.type != "cpu" if config.async_save is None else config.async_save,
     )

@@ -84,6 +84,7 @@ class Trainer:
         self.notes: list[tuple[str, dict[str, Any]]] = []  # what the last step adds to other files than metrics.jsonl
         self.asked_to_stop: str | None = None  # the signal that came to this rank
         self.stop_signal: str | None = None  # that which came to some rank, as all have agreed
+        self.saver = checkpoint.Saver(dist, background=self.config.async_save)
         self.unsaved = False  # whether the weights have changed since they were last saved or loaded
         self.dtype = DTYPES[self.config.precision]
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.config.precision == "fp16")
@@ -201,6 +202,7 @@ class Trainer:
             stop_requests(self.request_stop),
             memory_explained(self.memory_advice),
             RunLog(metrics, logged, self.steps, show, trackers) as log,
+            self.saver,
         ):
             self.agree()
             if at.unevaluated:
@@ -216,9 +218,11 @@ class Trainer:
                         figures = dict.fromkeys(("loss", "lr", "grad_norm"))
                         self.report(log, self.row(figures, clock), evaluate=False)
                         self.save_if_kept(keep_last=0)  # a run that diverges evicts nothing
+                    self.saver.wait()
                     raise
                 at.seconds += clock.last
                 self.agree()
+                self.saver.poll()
                 log.advance()
                 for name, note in self.notes:
                     log.note(name, note)
@@ -234,6 +238,7 @@ class Trainer:
                 if log.last.get("step") != at.step and not at.unevaluated:  # a signal came between two rows
                     self.report(log, self.row(figures, clock), evaluate=False)
                 self.save_if_kept()
+            self.saver.wait()
             return self.finish(at.unevaluated or log.last, clock)
 
     def row(self, figures: dict[str, float], clock: Clock) -> dict[str, Any]:
@@ -329,7 +334,10 @@ class Trainer:
             self.save(keep_last)
 
     def save(self, keep_last: int | None = None) -> Path:
-        """Commit a checkpoint of this step; returns its directory. `keep_last`: None as configured, 0 for all."""
+        """Commit a checkpoint of this step, or begin to (`train.async_save`; `saver.wait()` ends it).
+
+        Returns: its directory. `keep_last`: None as configured, 0 for all.
+        """
         state = {
             "progress": vars(self.progress),
             "scaler": self.scaler.state_dict(),
@@ -339,7 +347,7 @@ class Trainer:
         }
         keep_last = self.config.keep_last if keep_last is None else keep_last
         at, tensors = self.progress.step, self.tensors()
-        path = checkpoint.save(self.run.checkpoints, at, tensors, state, keep_last, self.best_step, self.dist)
+        path = self.saver.save(self.run.checkpoints, at, tensors, state, keep_last, self.best_step)
         self.unsaved = False
         return path
 
