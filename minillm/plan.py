@@ -1,4 +1,4 @@
-"""What a model costs before it exists: parameters and floating-point operations."""
+"""What a model costs before it exists: parameters, floating-point operations, and how much text suits it."""
 
 from dataclasses import dataclass
 
@@ -42,6 +42,67 @@ def flops_per_token(config: ModelConfig, T: int) -> int:
     keys = sum(min(T, window or T) for window in config.windows)  # over all layers
     attention = 12 * keys * config.n_heads * config.head_dim
     return 6 * count_parameters(config).matmul + attention
+
+
+# --- how much text suits a model --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OptimalTokens:
+    """Tokens after which the compute would have been better spent on a larger model, by three fits."""
+
+    hoffmann: float
+    hoffmann_parametric: float
+    kaplan: float
+
+
+def optimal_tokens(count: ParameterCount, config: ModelConfig) -> OptimalTokens:
+    """The compute-optimal number of tokens for a model of that size."""
+    return OptimalTokens(
+        hoffmann=hoffmann_tokens(count.total),
+        hoffmann_parametric=hoffmann_parametric_tokens(count.total),
+        kaplan=kaplan_tokens(count.total - embedding_tables(config)),
+    )
+
+
+def embedding_tables(config: ModelConfig) -> int:
+    """Parameters that Kaplan et al. 2020 leave out: the tables of tokens, in and out, and of positions."""
+    tables = config.padded_vocab_size * (1 if config.tie_embeddings else 2)
+    return config.dim * (tables + (config.max_seq_len if config.position == "learned" else 0))
+
+
+def hoffmann_tokens(parameters: int) -> float:
+    """About 20 tokens a parameter: D = 20.2e9 (N / 1e9)^1.0074, N being all parameters.
+
+    A straight line, in logarithms, through 1B (20.2B tokens) and 10T (216.2T tokens) of Hoffmann et al. 2022, table 3,
+    which is their approach 1, the lower envelope of training curves.
+    """
+    return 20.2e9 * (parameters / 1e9) ** 1.0074
+
+
+def hoffmann_parametric_tokens(parameters: int) -> float:
+    """The least loss L = E + A / N^alpha + B / D^beta for a given compute C = 6 N D, solved for D.
+
+    N = G (C / 6)^a and D = (C / 6)^b / G with G = (alpha A / (beta B))^(1 / (alpha + beta)), a = beta / (alpha + beta)
+    and b = alpha / (alpha + beta). Source: Hoffmann et al. 2022, eq. 4, with the fit of their approach 3 (eq. 10).
+    """
+    A, B, alpha, beta = 406.4, 410.7, 0.34, 0.28
+    G = (alpha * A / (beta * B)) ** (1 / (alpha + beta))
+    compute = (parameters / G) ** ((alpha + beta) / beta)  # C / 6 = N D
+    return compute / parameters
+
+
+def kaplan_tokens(parameters: int) -> float:
+    """D = 2e10 C^0.27 at the compute C, in PF-days, where N = 1.3e9 C^0.73; N leaves out the embeddings.
+
+    Source: Kaplan et al. 2020, appendix A, the fits of compute-efficient training (exponents also in eq. 1.7). Hoffmann
+    et al. find far more tokens for the same model, because here learning rates did not follow the length of a run.
+    """
+    compute = (parameters / 1.3e9) ** (1 / 0.73)
+    return 2e10 * compute**0.27
+
+
+# --- what suits a corpus ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

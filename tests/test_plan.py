@@ -8,7 +8,16 @@ from minillm.model import attention
 from minillm.model.config import ModelConfig
 from minillm.model.presets import preset
 from minillm.model.transformer import Transformer
-from minillm.plan import count_parameters, flops_per_token, recommend
+from minillm.plan import (
+    count_parameters,
+    embedding_tables,
+    flops_per_token,
+    hoffmann_parametric_tokens,
+    hoffmann_tokens,
+    kaplan_tokens,
+    optimal_tokens,
+    recommend,
+)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -53,3 +62,32 @@ def test_a_larger_corpus_gets_a_larger_model_and_smaller_steps():
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
     assert rates == sorted(rates, reverse=True)
+
+
+# Hoffmann et al. 2022, table 3: parameters, training FLOPs, tokens (where they are rounded too much: FLOPs / 6 N)
+TABLE_3 = [(400e6, 8.0e9), (1e9, 20.2e9), (10e9, 205.1e9), (67e9, 5.76e23 / (6 * 67e9)), (1e12, 21.2e12)]
+
+
+@pytest.mark.parametrize(("parameters", "tokens"), TABLE_3)
+def test_optimal_tokens_are_those_of_hoffmanns_table(parameters, tokens):
+    assert hoffmann_tokens(parameters) == pytest.approx(tokens, rel=0.03)
+
+
+@pytest.mark.parametrize("parameters", [1e8, 1e10])
+def test_the_parametric_optimum_has_the_least_loss_of_its_compute(parameters):
+    """By trying: with the same compute no other size reaches a lower loss."""
+    product = parameters * hoffmann_parametric_tokens(parameters)
+
+    def loss(n):
+        return 406.4 / n**0.34 + 410.7 / (product / n) ** 0.28
+
+    assert loss(parameters) < min(loss(0.98 * parameters), loss(1.02 * parameters))
+
+
+def test_kaplans_optimum_leaves_the_embeddings_out():
+    config = preset("gpt2-1.5b")
+    count = count_parameters(config)
+    assert count.total - embedding_tables(config) == pytest.approx(12 * 48 * 1600**2, rel=2e-3)
+    assert kaplan_tokens(int(1.3e9)) == pytest.approx(2e10)
+    found = optimal_tokens(count, config)
+    assert found.kaplan < found.hoffmann
