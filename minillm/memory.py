@@ -1,8 +1,10 @@
-"""How much memory training takes, by part, before it is begun; and which settings fit.
+"""How much memory training takes on each rank, by part, before it is begun; and which settings fit.
 
 What a step holds at its peak: the weights and the optimizer's moments all the time, and either what the forward pass
 keeps for the backward pass (activations) with the loss on top, or the gradients that take their place. Where several
-micro-batches add up, the gradients of the earlier ones are there too.
+micro-batches add up, the gradients of the earlier ones are there too. A layout says how much of the parameters a rank
+holds of its own (shard.py), and what comes beside it (buffers): DDP's gradients lie in buckets that always exist; FSDP2
+gathers a block when it is its turn, and the tables of the root for the whole step.
 
 The activations are counted from what each operation keeps for its backward pass, in numbers a token:
 
@@ -20,15 +22,17 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil, prod
 from typing import Literal
 
 import torch
 
+from minillm.distributed.config import Layout
+from minillm.distributed.parallelize import ONE
 from minillm.losses.heads import default_chunk_tokens
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.optim import OptimConfig, build_optimizer, optimizer_tensors
-from minillm.plan import count_parameters
 
 Checkpointing = Literal["none", "selective", "full"]
 FP32 = 4  # bytes
@@ -37,7 +41,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides how much memory a step takes, beside the model."""
+    """What decides how much memory a step takes, beside the model and the layout."""
 
     rows: int  # sequences a forward: micro_batch_size
     seq_len: int
@@ -45,49 +49,82 @@ class Setting:
     activation_checkpointing: Checkpointing = "none"
     accumulates: bool = False  # whether a step has more than one micro-batch
     device_type: str = "cpu"
+    reshard_after_forward: bool = True
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part, and the most at once."""
+    """Bytes by part on the fullest rank, and the most at once, which is less than their sum."""
 
     weights: int
-    moments: int
     gradients: int
+    moments: int
     activations: int  # kept for the backward pass, and one block's working memory there
-    loss: int  # logits of a chunk of tokens, and the gradients that the chunked loss makes at once
+    logits: int  # of a chunk of tokens, and the gradients that the chunked loss makes at once
+    buffers: int  # half-precision copies of weights; what FSDP2 gathers, and sends
     peak: int
 
     def describe(self) -> str:
         """The parts in one line."""
-        parts = ("weights", "moments", "gradients", "activations", "loss")
+        parts = ("weights", "gradients", "moments", "activations", "logits", "buffers")
         return ", ".join(f"{name} {getattr(self, name) / GIB:.2g}" for name in parts)
 
 
-def estimate(config: ModelConfig, optim: OptimConfig, setting: Setting) -> Memory:
+def estimate(config: ModelConfig, optim: OptimConfig, setting: Setting, layout: Layout = ONE) -> Memory:
     """The memory of a training step by part, the device's own libraries left out."""
     mode, tokens, number = setting.activation_checkpointing, setting.rows * setting.seq_len, number_bytes(setting)
-    count, moments = parameter_count(config), moment_bytes(config, optim.name, optim.momentum)
-    weights = gradients = FP32 * count.total
-    # autocast makes a copy of each matrix, which is kept until the backward pass has used it
-    copies = 0 if setting.precision == "fp32" else number * count.matmul
+    sharded, bucketed = layout.strategy != "ddp", layout.strategy == "ddp" and layout.dp_replicate > 1
+    held, tied = held_parameters(config, layout), config.tie_embeddings
+    weights = gradients = FP32 * held.own
+    moments = moment_bytes(config, optim.name, optim.momentum, layout)
+
     attention, rest = block_bytes(config, setting)
     kept = {"none": attention + rest, "selective": FP32 * config.dim + rest, "full": FP32 * config.dim}[mode]
     again = {"none": 0, "selective": attention, "full": attention + rest}[mode]
     # backward through a block: what is computed again, and gradients of the MLP's inner vectors and of the stream
     working = tokens * (again + number * (2 * config.ffn_dim + 2 * config.dim))
-    activations = tokens * (config.n_layers * kept + 2 * FP32 * config.dim)  # the final norm's input and output too
+    activations = tokens * config.n_layers * kept
 
-    head = FP32 * config.padded_vocab_size * config.dim  # the loss makes its gradients, of weight and rows, at once
+    table = FP32 * held.table  # the loss makes its gradients, of the head's weight and of rows, at once
     rows = FP32 * config.dim * tokens
     chunk_tokens = default_chunk_tokens(tokens, config.vocab_size, torch.device(setting.device_type))
     logits = chunk_tokens * config.vocab_size * (FP32 if number == FP32 else FP32 + number)
-    earlier = gradients if setting.accumulates else 0
-    at_the_loss = copies + activations + head + rows + max(logits, working) + earlier
-    # at the end all gradients are there; of tied tables, that of the embedding beside that of the head
-    at_the_end = gradients + working + (head if config.tie_embeddings else 0)
-    peak = weights + moments + max(at_the_loss, at_the_end)
-    return Memory(weights + copies, moments, gradients, activations + working, head + rows + logits, peak)
+
+    # autocast makes a copy of each matrix, which is kept until the backward pass has used it; FSDP2 gathers blocks as
+    # such copies, and the root's tables, in fp32, for the whole step
+    copies = 0 if number == FP32 else number * (held.table if sharded else held.matmul)
+    root = FP32 * held.root if sharded else 0
+    kept_blocks = number * held.blocks if sharded and not setting.reshard_after_forward else 0
+    # of a block in backward: its weights, those of the next, which come early, and its gradients
+    passing = number * (3 if setting.reshard_after_forward else 1) * held.block if sharded else 0
+    block_sent = FP32 * held.block if sharded else 0  # the buffer that gradients of the one before are sent from
+
+    # gradients of earlier micro-batches; DDP's buckets are there from the start, beside them, and FSDP2 keeps the
+    # buffer that it sent the root's from
+    earlier = gradients * (bucketed + setting.accumulates) + root * setting.accumulates
+
+    final_norm = 2 * FP32 * config.dim * tokens  # its input and its output
+    until_backward = copies + root + kept_blocks + activations + table + rows + earlier
+    if sharded:
+        # a block's gradients are sent when it is through, the root's last, from a buffer that a CPU fills from another
+        done = gradients if setting.accumulates else FP32 * (held.blocks - held.block) // layout.dp_shard
+        sent = 2 * root + table if setting.device_type == "cpu" else root + (1 if tied else 2) * table
+        at_the_end = done + max(
+            root + working + passing + block_sent + table, rows + root + (3 if tied else 2) * table, rows + sent
+        )
+    else:
+        # the gradients of tied tables wait for each other, to be added up into a third; a bucket gets a copy
+        waiting = (2 if tied else 0) + bucketed
+        at_the_end = gradients + max(working + tied * bucketed * table, rows + waiting * table)
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        moments=moments,
+        activations=activations + final_norm + working,
+        logits=table + rows + logits,
+        buffers=copies + root + kept_blocks + passing + block_sent,
+        peak=weights + moments + max(until_backward + max(final_norm + logits, working + passing), at_the_end),
+    )
 
 
 def number_bytes(setting: Setting) -> int:
@@ -95,17 +132,78 @@ def number_bytes(setting: Setting) -> int:
     return FP32 if setting.precision == "fp32" else 2
 
 
-parameter_count = lru_cache(maxsize=8)(count_parameters)  # asked for each of many settings of one model
+# --- what of the parameters a rank holds ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Held:
+    """Numbers of parameters on the fullest rank, which is the first: shards are cut from the front."""
+
+    own: int  # its part of all, each once
+    root: int  # embed, norm and lm_head, gathered over dp_shard
+    blocks: int  # all blocks, gathered
+    block: int  # the largest of them
+    matmul: int  # in linear layers, gathered
+    table: int  # lm_head, gathered
+
+
+@lru_cache(maxsize=64)
+def held_parameters(config: ModelConfig, layout: Layout = ONE) -> Held:
+    """Counted over the shapes of all parameters."""
+    shards = layout.dp_shard if layout.strategy != "ddp" else 1
+    own, blocks, root, matmul, table = 0, [0] * config.n_layers, 0, 0, 0
+    for name, shape, linear in parameter_shapes(config):
+        first, *others = tensor_parallel_shape(name, shape, layout.tp)
+        part = ceil(first / shards) * prod(others)
+        whole = part * shards  # padded, so that all parts are equal
+        own += part
+        if name.startswith("blocks."):
+            blocks[int(name.split(".")[1])] += whole
+        else:
+            root += whole
+        if linear:
+            matmul += whole
+        if len(shape) == 2 and name in ("lm_head.weight", "embed.weight"):
+            table = whole
+    return Held(own, root, sum(blocks), max(blocks), matmul, table)
 
 
 @lru_cache(maxsize=8)
-def moment_bytes(config: ModelConfig, name: str, momentum: float | None) -> int:
-    """What the optimizer of that name holds, counted on one that has no memory."""
+def parameter_shapes(config: ModelConfig) -> list[tuple[str, tuple[int, ...], bool]]:
+    """(name, shape, whether a linear layer has it) of each parameter; tied ones once, by their first name."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    return [(name, tuple(p.shape), id(p) in linear) for name, p in model.named_parameters()]
+
+
+def tensor_parallel_shape(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
+    """What a rank of the tp axis holds of a parameter."""
+    return shape
+
+
+@lru_cache(maxsize=64)
+def moment_bytes(config: ModelConfig, name: str, momentum: float | None, layout: Layout = ONE) -> int:
+    """What the optimizer of that name holds."""
+    shards = layout.dp_shard if layout.strategy != "ddp" else 1
+    total = 0
+    for parameter, shape, size in moment_shapes(config, name, momentum):
+        first, *others = tensor_parallel_shape(parameter, shape, layout.tp) or (1,)
+        total += size * ceil(first / (shards if shape else 1)) * prod(others)
+    return total
+
+
+@lru_cache(maxsize=8)
+def moment_shapes(config: ModelConfig, name: str, momentum: float | None) -> list[tuple[str, tuple[int, ...], int]]:
+    """(parameter, shape, bytes of a number) of each tensor of the optimizer, of one that has no memory."""
     with torch.device("meta"):
         model = Transformer(config)
     optimizer = build_optimizer(model, OptimConfig(name=name, momentum=momentum, lr=1.0))
     state = optimizer_tensors(optimizer, dict(model.named_parameters()))
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    return [(key.split(".", 2)[2], tuple(value.shape), value.element_size()) for key, value in state.items()]
+
+
+# --- what of the activations ------------------------------------------------------------------------------------------
 
 
 def block_bytes(config: ModelConfig, setting: Setting) -> tuple[int, int]:

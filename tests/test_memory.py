@@ -9,68 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from live import measured_peaks
+from ranks import run_ranks
 
-from minillm.data.batch import Batch
+from minillm.distributed.config import Layout
 from minillm.distributed.context import free_memory
-from minillm.distributed.parallelize import parallelize
 from minillm.log import OutOfMemory, memory_explained
 from minillm.memory import Setting, alternatives, estimate, memory_advice, usable
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
-from minillm.objectives import NextToken
 from minillm.optim import OptimConfig, build_optimizer, optimizer_tensors
 
 ROOT = Path(__file__).parent.parent
 SHAPE = {"vocab_size": 1000, "dim": 64, "n_layers": 4, "n_heads": 4, "ffn_dim": 172, "max_seq_len": 512}
 GPT2 = {"norm": "layernorm", "mlp": "gelu", "position": "learned", "ffn_dim": 256}
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors alive: those given, and those that any operation makes."""
-
-    def __init__(self, given):
-        super().__init__()
-        self.sizes, self.live, self.peak = {}, 0, 0
-        for tensor in given:
-            self.add(tensor)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.add(leaf)
-        return result
-
-    def add(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.drop, storage._cdata)
-
-    def drop(self, key):
-        self.live -= self.sizes.pop(key)
-
-
-def measured_peak(config, optim, setting):
-    """Bytes at the peak of a real step, on the CPU."""
-    model = Transformer(config)
-    optimizer = build_optimizer(model, optim)
-    parallelize(model, setting.activation_checkpointing)
-    moments = optimizer_tensors(optimizer, dict(model.named_parameters())).values()
-    objective, live = NextToken(config.vocab_size), Live([*model.parameters(), *moments])
-    with live:
-        for _ in range(2 if setting.accumulates else 1):
-            tokens = torch.randint(0, config.vocab_size, (setting.rows, setting.seq_len))
-            with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
-                loss, _ = objective(model, Batch(tokens, tokens.clone()))
-            loss.backward()
-            del loss
-        optimizer.step()
-    return live.peak
 
 
 @pytest.mark.parametrize(
@@ -101,8 +53,36 @@ def measured_peak(config, optim, setting):
 def test_the_estimate_is_within_a_tenth_of_what_is_measured(shape, setting):
     config = ModelConfig(**{**SHAPE, **shape})
     setting, optim = Setting(**{"rows": 2, "seq_len": 256, **setting}), OptimConfig(lr=1e-3)
+    (measured,) = measured_peaks([(config, optim, setting)])
     within = 0.1 if setting.seq_len == 512 else 0.05  # attention in slices keeps masks, which are not counted
-    assert estimate(config, optim, setting).peak == pytest.approx(measured_peak(config, optim, setting), rel=within)
+    assert estimate(config, optim, setting).peak == pytest.approx(measured, rel=within)
+
+
+WIDE = {"dim": 256, "ffn_dim": 688}
+UNTIED = {"tie_embeddings": False, "vocab_size": 8000}
+ONE_ROW = {"rows": 1, "seq_len": 16}
+LAYOUTS = {
+    Layout("ddp", 2, 1, 1): [(WIDE, ONE_ROW), (WIDE, {"rows": 1, "seq_len": 64, "accumulates": True})],
+    Layout("fsdp", 1, 2, 1): [
+        ({}, {}),
+        (WIDE, ONE_ROW | {"precision": "bf16"}),
+        (WIDE, ONE_ROW | {"reshard_after_forward": False}),
+        (WIDE, {"rows": 1, "seq_len": 64, "accumulates": True}),
+    ],
+    Layout("fsdp", 1, 4, 1): [({"n_layers": 12}, {"activation_checkpointing": "full"}), (UNTIED, ONE_ROW)],
+    Layout("hsdp", 2, 2, 1): [(WIDE, ONE_ROW), (UNTIED, ONE_ROW | {"accumulates": True})],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.strategy)
+def test_the_estimate_of_a_rank_is_within_a_tenth_of_what_is_measured(layout):
+    cases = [
+        (ModelConfig(**{**SHAPE, **shape}), OptimConfig(lr=1e-3), Setting(**{"rows": 2, "seq_len": 256, **setting}))
+        for shape, setting in LAYOUTS[layout]
+    ]
+    ranks = run_ranks(layout.dp_replicate * layout.dp_shard, measured_peaks, cases, layout)
+    for case, *measured in zip(cases, *ranks):
+        assert estimate(*case, layout).peak == pytest.approx(max(measured), rel=0.1), case
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])

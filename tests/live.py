@@ -1,0 +1,97 @@
+"""The bytes of all tensors alive, and those at the peak of a real training step."""
+
+import weakref
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minillm.data.batch import Batch
+from minillm.distributed.config import Layout
+from minillm.distributed.context import Context, connect, with_mesh
+from minillm.distributed.parallelize import ONE, gradient_sync, parallelize
+from minillm.memory import Setting
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
+from minillm.objectives import NextToken
+from minillm.optim import OptimConfig, build_optimizer, optimizer_tensors
+from minillm.tensors import parameter_names
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors alive of those that any operation reads or makes; of DTensors the local parts.
+
+    Memory that changes its size in place, as that of FSDP2's weights does, counts as large as it is.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # what it does is seen when it calls operations on its local part
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
+                self.add(leaf.untyped_storage())
+        self.peak = max(self.peak, self.live())
+        return result
+
+    def add(self, storage):
+        key = storage._cdata
+        if key not in self.storages:
+            self.storages[key] = weakref.ref(storage, lambda _: self.storages.pop(key, None))
+
+    def live(self):
+        """Bytes alive now."""
+        found = (reference() for reference in list(self.storages.values()))
+        return sum(storage.nbytes() for storage in found if storage is not None)
+
+
+def fill(model):
+    """Weights of no particular value, whatever shards they lie in."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+
+
+def measured_peaks(cases: list[tuple[ModelConfig, OptimConfig, Setting]], layout: Layout = ONE) -> list[int]:
+    """Bytes at the peak of a real step of this rank, on the CPU, for each case."""
+    with connect("cpu") as dist:
+        dist = with_mesh(dist, layout.dp_replicate, layout.dp_shard, layout.tp)
+        return [measured_peak(*case, layout, dist) for case in cases]
+
+
+def measured_peak(config: ModelConfig, optim: OptimConfig, setting: Setting, layout: Layout, dist: Context) -> int:
+    """Of the second step, when all buffers are there."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    with Live() as live:
+        called = parallelize(
+            model,
+            setting.activation_checkpointing,
+            dist=dist,
+            layout=layout,
+            dtype=DTYPES[setting.precision],
+            reshard_after_forward=setting.reshard_after_forward,
+            init=fill,
+        )
+        optimizer = build_optimizer(model, optim)
+        optimizer_tensors(optimizer, parameter_names(model))
+        objective, forwards = NextToken(config.vocab_size), 2 if setting.accumulates else 1
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=True)
+            live.peak = 0
+            for index in range(forwards):
+                tokens = torch.randint(0, config.vocab_size, (setting.rows, setting.seq_len))
+                with gradient_sync(called, last=index + 1 == forwards):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
+                        loss, _ = objective(called, Batch(tokens, tokens.clone()))
+                    loss.backward()
+                del loss
+            optimizer.step()
+    return live.peak
