@@ -9,13 +9,11 @@ from typing import Any
 
 @contextmanager
 def stop_requests(request: Callable[[str], None]) -> Iterator[None]:
-    """While the block runs, SIGTERM and Ctrl-C call `request` with their name; a second Ctrl-C interrupts at once.
+    """While the block runs, a signal calls `request` with its name: SIGTERM, Ctrl-C, and SIGUSR1, which schedulers can
+    send some minutes before a job's time is over. A second Ctrl-C interrupts at once.
 
     In another thread than the main one Python allows no handlers, and whoever started the thread has its own.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     came = False
 
     def handle(number: int, _: Any) -> None:
@@ -25,7 +23,32 @@ def stop_requests(request: Callable[[str], None]) -> Iterator[None]:
         came = True
         request(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    with handlers(handle, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        yield
+
+
+@contextmanager
+def exit_on_request(say: Callable[[str], None]) -> Iterator[None]:
+    """While the block runs, SIGTERM ends the program as one that was asked to: cleaned up, and with exit code 0.
+
+    `say` is called with the signal's name.
+    """
+
+    def handle(number: int, _: Any) -> None:
+        say(signal.Signals(number).name)
+        raise SystemExit(0)
+
+    with handlers(handle, signal.SIGTERM, signal.SIGUSR1):
+        yield
+
+
+@contextmanager
+def handlers(handle: Callable[[int, Any], None], *numbers: signal.Signals) -> Iterator[None]:
+    """While the block runs, these signals are handled so; only the main thread may, and does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

@@ -7,7 +7,9 @@ import dataclasses
 import json
 import os
 import resource
+import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,12 +22,16 @@ import torch
 import torch.distributed as torch_dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from minillm.distributed.heartbeat import GRACE, Heartbeat, OtherRankError, leave_at_once
+from minillm.log import LOGGER
+from minillm.signals import exit_on_request
+
 Number = TypeVar("Number", int, float, torch.Tensor)
 
 AXES = ("dp_replicate", "dp_shard", "tp")
 LAUNCHED_WITH = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 POLL_SECONDS = 0.2  # between two looks at the store
-HEARD_SECONDS = 5.0  # that rank 0 waits until the others have heard why it ends
+FIRST_REPORT = 60.0  # seconds of waiting for rank 0; the next ones come after twice as long each
 
 # Dense bf16 peaks in FLOP/s, from the makers' datasheets; the first name found in the device's name counts.
 DATASHEET_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
@@ -50,11 +56,20 @@ class Context:
     mesh: DeviceMesh | None = None  # None for one process, and until the strategy is known
     dp_group: torch_dist.ProcessGroup | None = None  # the data-parallel ranks; None: all ranks
     group: torch_dist.ProcessGroup | None = None  # all ranks; None: over the links that training uses
+    heartbeat: Heartbeat | None = None  # None for one process, which nobody waits for
 
     @property
     def is_main(self) -> bool:
         """True on the one rank that prints and writes what is written once."""
         return self.rank == 0
+
+    def at(self, place: str) -> None:
+        """Say where this rank is, for the others to name where they wait for it; costs next to nothing.
+
+        All ranks say the same in the same order; the same words once more only say that it moves on.
+        """
+        if self.heartbeat:
+            self.heartbeat.at(place)
 
     def sum(self, value: Number) -> Number:
         """The sum over the data-parallel ranks, of the kind that it is given: int, float or tensor."""
@@ -105,30 +120,39 @@ class Context:
     def main_first(self, what: str) -> Iterator[None]:
         """Rank 0 runs the block, then the others do: for what is made once and found there by the rest.
 
-        They wait at the store, not in a collective, so that it may take hours. Raises ValueError on them where the
-        block fails on rank 0. `what` names the work; a name is used once a run.
+        They wait at the store, not in a collective, so that it may take hours; the heartbeat ends them where rank 0
+        dies. Raises OtherRankError, a ValueError, on them where the block fails on rank 0. `what` names the work; a
+        name is used once a run.
         """
         if self.world_size == 1:
             yield
             return
         store, key = torch_dist.distributed_c10d._get_default_store(), f"minillm/main_first/{what}"
+        self.at(what)
         if not self.is_main:
-            while not store.check([key]):
-                time.sleep(POLL_SECONDS)
+            self.wait_for_main(store, key, what)
             if failure := store.get(key).decode():
-                store.add(f"{key}/heard", 1)
-                raise ValueError(f"rank 0 failed at {what}: {failure}")
+                raise OtherRankError(f"rank 0 failed at {what}: {failure}")
             yield
             return
         try:
             yield
+        except SystemExit:  # asked to stop, as the others soon are: nothing has failed
+            raise
         except BaseException as error:
             store.set(key, f"{type(error).__name__}: {error}")
-            until = time.monotonic() + HEARD_SECONDS  # the store may be in this process, and end with it
-            while store.add(f"{key}/heard", 0) < self.world_size - 1 and time.monotonic() < until:
-                time.sleep(POLL_SECONDS)
             raise
         store.set(key, "")
+
+    def wait_for_main(self, store: torch_dist.Store, key: str, what: str) -> None:
+        """Wait until rank 0 has set the key, and say now and then, on a machine without it, what is waited for."""
+        start, report = time.monotonic(), FIRST_REPORT
+        while not store.check([key]):
+            time.sleep(POLL_SECONDS)
+            waited = time.monotonic() - start
+            if waited > report and self.local_rank == 0:
+                LOGGER.warning("%s: waiting for rank 0 since %.0f s: %s", socket.gethostname(), waited, what)
+            report *= 2 if waited > report else 1
 
 
 def is_launched() -> bool:
@@ -140,31 +164,67 @@ def is_launched() -> bool:
 def connect(device: str = "auto", timeout: float = 600.0) -> Iterator[Context]:
     """The context of this process, from torchrun's environment; the process group ends with the block.
 
+    Until the ranks have left, each has a heartbeat, which ends all where one raises, dies or lets the others wait for
+    longer than the timeout. SIGTERM ends the block, with exit code 0, wherever nothing handles it as fit does.
+
     Args:
         device: "auto" (the accelerator if there is one, else the CPU) or a torch device name such as "cuda:1". Of
             several processes on a machine each takes the accelerator of its local rank.
-        timeout: seconds after which a rank that waits for the others gives up.
+        timeout: seconds after which ranks that wait for another give up.
 
-    Raises ValueError for a device that is not there, and for an environment that is not whole.
+    Raises ValueError for a device that is not there, for an environment that is not whole, and for ranks that do not
+    find each other.
     """
-    if not is_launched():
-        yield Context(find_device(device))
-        return
-    missing = [name for name in LAUNCHED_WITH if name not in os.environ]
-    if missing:
-        raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start with torchrun, "
-            "which sets them all, or unset WORLD_SIZE to train on one process"
-        )
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    place = find_local_device(device, local_rank)
-    torch_dist.init_process_group(backends_of(place), timeout=timedelta(seconds=timeout))
-    dist = Context(place, rank, world_size, local_rank, dp_rank=rank, dp_size=world_size)
+    with exit_on_request(lambda name: LOGGER.info("%s: stopped", name)):
+        if not is_launched():
+            yield Context(find_device(device))
+            return
+        missing = [name for name in LAUNCHED_WITH if name not in os.environ]
+        if missing:
+            raise ValueError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start with torchrun, "
+                "which sets them all, or unset WORLD_SIZE to train on one process"
+            )
+        rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        try:
+            place = find_local_device(device, local_rank)
+            start_process_group(backends_of(place), timeout)
+        except ValueError as error:
+            error.add_note(f"rank {rank} ({socket.gethostname()})")  # it may be about this rank alone
+            raise
+        store = torch_dist.distributed_c10d._get_default_store()
+        heartbeat = Heartbeat(store, rank, local_rank, timeout)
+        dist = Context(place, rank, world_size, local_rank, dp_rank=rank, dp_size=world_size, heartbeat=heartbeat)
+        try:
+            heartbeat.start(dist.gather([socket.gethostname(), os.getpid()]))
+            yield dist
+        except BaseException as error:
+            heartbeat.fail(error)
+            end_process_group(at_most=GRACE)
+            raise
+        heartbeat.leave()
+        end_process_group(at_most=timeout)
+
+
+def start_process_group(backends: str, timeout: float) -> None:
+    """Let the ranks find each other. Collectives give up a little later than the heartbeat, which knows the cause."""
     try:
-        yield dist
-        dist.barrier()  # who leaves first may take the store with it
-    finally:
-        torch_dist.destroy_process_group()
+        torch_dist.init_process_group(backends, timeout=timedelta(seconds=timeout + GRACE))
+    except (RuntimeError, TimeoutError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the {os.environ['WORLD_SIZE']} ranks did not all meet at {place} within {timeout:g} s: {said}"
+        ) from error
+
+
+def end_process_group(at_most: float) -> None:
+    """Close the connections; a backend that waits for a rank that is gone does so only for so many seconds."""
+    timer = threading.Timer(at_most, leave_at_once, [1])
+    timer.daemon = True
+    timer.start()
+    torch_dist.destroy_process_group()
+    timer.cancel()
 
 
 def backends_of(device: torch.device) -> str:

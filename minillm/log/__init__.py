@@ -3,12 +3,13 @@
 from minillm.log.config import LogConfig
 from minillm.log.curves import curve, plot_curves
 from minillm.log.memory import OutOfMemory, memory_explained
-from minillm.log.messages import LOGGER, run_command, show_messages
+from minillm.log.messages import LOGGER, TOLD, one_line, run_command, say_error, show_messages
 from minillm.log.rows import Clock, RunLog, Tracker, read_metrics
 from minillm.log.trackers import make_trackers
 
 __all__ = [
     "LOGGER",
+    "TOLD",
     "Clock",
     "LogConfig",
     "OutOfMemory",
@@ -17,8 +18,10 @@ __all__ = [
     "curve",
     "make_trackers",
     "memory_explained",
+    "one_line",
     "plot_curves",
     "read_metrics",
     "run_command",
+    "say_error",
     "show_messages",
 ]

@@ -14,6 +14,7 @@ from minillm.log.memory import is_out_of_memory, out_of_memory
 
 COMPILER = ("torch._inductor", "torch._dynamo")  # by name: to import it takes seconds
 LOGGER = logging.getLogger("minillm")
+TOLD = "told by the process where it began"  # a note on an error, for which nothing is printed
 
 
 class Terminal:
@@ -63,24 +64,39 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
         # the reader of our output left (`| head`): not an error; and nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except KeyboardInterrupt as error:
+        if not is_told(error):
+            print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if is_told(error):
+            return 1
         line = one_line(error)
         if debug or line is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        say_error(": ".join([*getattr(error, "__notes__", []), line]))
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
 
 
-def one_line(error: Exception) -> str | None:
+def say_error(line: str) -> None:
+    """Print what a command ends with."""
+    print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether another process says it. Who has a note on the rank where it happened says it; of mistakes that come
+    before ranks are connected, which are the same on all of a machine, its first process does."""
+    notes = getattr(error, "__notes__", [])
+    return TOLD in notes or (not notes and os.environ.get("LOCAL_RANK", "0") != "0" and one_line(error) is not None)
+
+
+def one_line(error: BaseException) -> str | None:
     """What to tell a user of an error; None where it may be a bug, for which the traceback is needed."""
     if is_out_of_memory(error):
         return out_of_memory(error)
     if type(error).__module__.startswith(COMPILER):
         said = str(error).partition("\n")[0]
         return f"torch.compile fails here: {said}; leave train.compile false, or see what `minillm doctor` says of it"
-    if isinstance(error, RuntimeError):
-        return None
-    return str(error) or type(error).__name__
+    if isinstance(error, (ValueError, OSError, MemoryError, KeyboardInterrupt)):
+        return str(error) or type(error).__name__
+    return None
