@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,17 @@ from minillm.eval.perplexity import evaluate, mixture, token_byte_lengths
 from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
 from minillm.load import load_weights
-from minillm.log import LOGGER, LogConfig, Tracker, curve, make_trackers, memory_explained, read_metrics, run_command
+from minillm.log import (
+    LOGGER,
+    LogConfig,
+    Tracker,
+    curve,
+    kept_in,
+    make_trackers,
+    memory_explained,
+    read_metrics,
+    run_command,
+)
 from minillm.memory import Setting, memory_advice
 from minillm.model.config import ModelSection
 from minillm.model.init import init_weights
@@ -97,12 +108,18 @@ def main(argv: Sequence[str]) -> int:
     if not home:
         said = (f"{name} {value}" for name, value in below[-1].values.items() if lookup(given, name) is None)
         LOGGER.info("chosen for the corpus: %s", ", ".join(said) or "nothing, all is given")
-    with connect(config.run.device, config.parallel.timeout) as dist, run_of_all(config.run, dist) as run:
+    with (
+        connect(config.run.device, config.parallel.timeout) as dist,
+        run_of_all(config.run, dist) as run,
+        kept_in(run.rank_log(dist.rank)) if config.log.ranks else nullcontext(),
+    ):
         start = starting_point(config.run, run, dist)
         with dist.main_first("preparing the text"):
             tokenizer, sources = open_corpus(config.data, config.tokenizer)
+        dist.at("building the model")
         trainer, config = make_trainer(config, tokenizer, sources, run, dist, trackers)
         if start:
+            dist.at("resuming")
             trainer.resume(start)
             LOGGER.info("resumed from %s", start)
         elif config.model.path:

@@ -50,6 +50,10 @@ class RunDirectory:
         summary = read_json(self.summary) if self.summary.exists() else {}
         return bool(summary.get("finished")) and summary.get("step") == step
 
+    def rank_log(self, rank: int) -> Path:
+        """Where a rank keeps its messages, where it is asked to."""
+        return self.path / "logs" / f"rank-{rank:04d}.log"
+
     def write_json(self, path: Path, value: dict[str, Any]) -> None:
         """Write one of the JSON files, whole or not at all."""
         write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

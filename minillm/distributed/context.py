@@ -151,7 +151,8 @@ class Context:
             time.sleep(POLL_SECONDS)
             waited = time.monotonic() - start
             if waited > report and self.local_rank == 0:
-                LOGGER.warning("%s: waiting for rank 0 since %.0f s: %s", socket.gethostname(), waited, what)
+                host = socket.gethostname()
+                print(f"{host}: waiting for rank 0 since {waited:.0f} s: {what}", file=sys.stderr, flush=True)
             report *= 2 if waited > report else 1
 
 
@@ -193,7 +194,7 @@ def connect(device: str = "auto", timeout: float = 600.0) -> Iterator[Context]:
             error.add_note(f"rank {rank} ({socket.gethostname()})")  # it may be about this rank alone
             raise
         store = torch_dist.distributed_c10d._get_default_store()
-        heartbeat = Heartbeat(store, rank, local_rank, timeout)
+        heartbeat = Heartbeat(store, rank, timeout)
         dist = Context(place, rank, world_size, local_rank, dp_rank=rank, dp_size=world_size, heartbeat=heartbeat)
         try:
             heartbeat.start(dist.gather([socket.gethostname(), os.getpid()]))

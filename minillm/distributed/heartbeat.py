@@ -29,7 +29,7 @@ from typing import Any
 import torch.distributed as torch_dist
 
 from minillm.files import is_alive
-from minillm.log import LOGGER, TOLD, one_line, say_error
+from minillm.log import LOGGER, TOLD, one_line
 
 PERIOD = 1.0  # seconds between two beats
 GRACE = 3.0  # seconds in which a process may come to its end by itself
@@ -49,8 +49,8 @@ class Heartbeat:
     Args: store: of all ranks. timeout: seconds that ranks may wait for another.
     """
 
-    def __init__(self, store: torch_dist.Store, rank: int, local_rank: int, timeout: float):
-        self.rank, self.local_rank, self.timeout = rank, local_rank, timeout
+    def __init__(self, store: torch_dist.Store, rank: int, timeout: float):
+        self.rank, self.timeout = rank, timeout
         self.store, self.own_store = connection(store, timeout), connection(store, timeout)  # one for each thread
         self.processes: list[tuple[str, int]] = []
         self.place, self.turn, self.moves = "the start", 0, 0
@@ -87,8 +87,9 @@ class Heartbeat:
 
         An error that only follows from what happened on another rank is marked, so that it is not printed too.
         """
-        with suppress(STORE_IS_GONE):
-            if follows_from_another(error):
+        follows = follows_from_another(error)
+        try:
+            if follows:
                 self.wait_for_cause()
             self.leaving.set()
             if self.thread.is_alive():
@@ -96,11 +97,16 @@ class Heartbeat:
             if isinstance(error, SystemExit) and not error.code:
                 self.store.set("stop", "")
             elif self.tell(self.store, self.rank, f"failed at `{self.place}`: {described(error)}"):
-                error.add_note(f"{self.name(self.rank)} at `{self.place}`")
+                if self.rank:  # rank 0 speaks for all
+                    error.add_note(f"{self.name(self.rank)} at `{self.place}`")
             else:
                 error.add_note(TOLD)
                 self.say(self.store)
             self.go(GRACE)
+        except STORE_IS_GONE:
+            if follows:
+                error.add_note(TOLD)
+                self.say_that_store_is_gone()
 
     def wait_for_cause(self) -> None:
         """Leave the rank that failed first the time to say so."""
@@ -128,13 +134,24 @@ class Heartbeat:
 
     def tell(self, store: torch_dist.Store, rank: int, what: str) -> bool:
         """Make it known as what ends the run; False where something else was first."""
-        failure = json.dumps({"by": self.rank, "text": f"{self.name(rank)} {what}"})
+        failure = json.dumps({"rank": rank, "by": self.rank, "text": f"{self.name(rank)} {what}"})
         return store.compare_set("failure", "", failure).decode() == failure
 
     def say(self, store: torch_dist.Store) -> None:
-        """Print what ended the run: once a machine."""
-        if self.local_rank == 0:
-            say_error(json.loads(store.get("failure"))["text"])
+        """Log what ended the run; of each machine one rank brings it to the screen, unless the failed one does."""
+        failure = json.loads(store.get("failure"))
+        here = self.ranks_here()
+        if failure["by"] != failure["rank"] and failure["rank"] in here:  # it does not speak any more
+            here.remove(failure["rank"])
+        LOGGER.log(logging.ERROR if here[:1] == [self.rank] else logging.INFO, "%s", failure["text"])
+
+    def say_that_store_is_gone(self) -> None:
+        LOGGER.error("%s: torchrun is gone, or the process that kept the ranks' store", self.name(self.rank))
+
+    def ranks_here(self) -> list[int]:
+        """The ranks of this machine."""
+        host = self.processes[self.rank][0]
+        return [rank for rank, (other, _) in enumerate(self.processes) if other == host]
 
     # --- the heartbeat's thread ---------------------------------------------------------------------------------------
 
@@ -146,7 +163,7 @@ class Heartbeat:
                 self.look()
             except STORE_IS_GONE:
                 if not self.leaving.wait(GRACE):
-                    say_error(f"{self.name(self.rank)}: torchrun is gone, or the process that kept the ranks' store")
+                    self.say_that_store_is_gone()
                     leave_at_once(1)
 
     def beat(self) -> None:
@@ -172,14 +189,13 @@ class Heartbeat:
 
     def look_for_dead(self) -> None:
         """Tell of a process of this machine that is gone without having said why."""
-        here = self.processes[self.rank][0]
-        for rank in (rank for rank, (host, _) in enumerate(self.processes) if host == here):
+        for rank in self.ranks_here():
             process = self.processes[rank][1]
             if not is_running(process):
                 beat = self.beats([rank])[rank]
                 if "left" not in beat:
                     why = "killed from outside, or by the system for want of memory"
-                    self.tell(self.own_store, rank, f"died at `{beat['place']}` (process {process}): {why}")
+                    self.tell(self.own_store, rank, f"died (process {process}), last seen at `{beat['place']}`: {why}")
 
     def look_for_sleepers(self) -> None:
         """Tell of a rank that others have waited for longer than the timeout."""

@@ -3,7 +3,7 @@
 from minillm.log.config import LogConfig
 from minillm.log.curves import curve, plot_curves
 from minillm.log.memory import OutOfMemory, memory_explained
-from minillm.log.messages import LOGGER, TOLD, one_line, run_command, say_error, show_messages
+from minillm.log.messages import LOGGER, TOLD, kept_in, one_line, run_command, show_messages
 from minillm.log.rows import Clock, RunLog, Tracker, read_metrics
 from minillm.log.trackers import make_trackers
 
@@ -16,12 +16,12 @@ __all__ = [
     "RunLog",
     "Tracker",
     "curve",
+    "kept_in",
     "make_trackers",
     "memory_explained",
     "one_line",
     "plot_curves",
     "read_metrics",
     "run_command",
-    "say_error",
     "show_messages",
 ]

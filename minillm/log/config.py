@@ -13,6 +13,7 @@ class LogConfig:
     norms_every: Annotated[
         int | None, "steps between rows of norms.jsonl, the norms of each parameter; none: no such rows", ">= 1"
     ] = None
+    ranks: Annotated[bool, "each rank keeps its messages in logs/rank-0000.log and so on"] = False
     curves: Annotated[bool, "draw curves.png where matplotlib is installed (extra plot)"] = True
     tensorboard: Annotated[bool, "write the rows for TensorBoard too (extra track)"] = False
     wandb: Annotated[str | None, "project of Weights & Biases that gets the rows too (extra track)"] = None

@@ -4,12 +4,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from minillm.files import explained
 from minillm.log.memory import is_out_of_memory, out_of_memory
 
 COMPILER = ("torch._inductor", "torch._dynamo")  # by name: to import it takes seconds
@@ -46,9 +48,12 @@ class TqdmHandler(logging.Handler):
         tqdm.write(prefix + record.getMessage(), file=TERMINAL)
 
 
-def show_messages(level: int = logging.INFO) -> None:
-    """Let the package's messages reach the terminal; a program that imports minillm decides for itself."""
-    LOGGER.handlers[:] = [TqdmHandler()]
+def show_messages(level: int = logging.INFO, main: bool = True) -> None:
+    """Let the package's messages reach the terminal; a program that imports minillm decides for itself.
+
+    Of many ranks the main one tells what all of them do; from the others only errors are heard.
+    """
+    LOGGER.handlers[:] = [TqdmHandler(level if main else logging.ERROR)]
     LOGGER.setLevel(level)
     LOGGER.propagate = False
 
@@ -56,8 +61,7 @@ def show_messages(level: int = logging.INFO) -> None:
 def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Run a command and return its exit code: 0, or 1 after one line on standard error (`--debug`: the traceback)."""
     debug = "--debug" in argv
-    main = os.environ.get("RANK", "0") == "0"  # of many ranks one tells what all of them do
-    show_messages(logging.ERROR if not main else logging.DEBUG if debug else logging.INFO)
+    show_messages(logging.DEBUG if debug else logging.INFO, main=os.environ.get("RANK", "0") == "0")
     try:
         return command([word for word in argv if word != "--debug"]) or 0
     except BrokenPipeError:
@@ -74,19 +78,28 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
         line = one_line(error)
         if debug or line is None:
             raise
-        say_error(": ".join([*getattr(error, "__notes__", []), line]))
+        print("error:", ": ".join([*getattr(error, "__notes__", []), line]), file=sys.stderr)
         return 1
 
 
-def say_error(line: str) -> None:
-    """Print what a command ends with."""
-    print(f"error: {line}", file=sys.stderr, flush=True)
+@contextmanager
+def kept_in(path: Path) -> Iterator[None]:
+    """While the block runs, the messages also go to a file, each with its time."""
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        handler.close()
 
 
 def is_told(error: BaseException) -> bool:
-    """Whether another process says it. Who has a note on the rank where it happened says it; of mistakes that come
-    before ranks are connected, which are the same on all of a machine, its first process does."""
-    notes = getattr(error, "__notes__", [])
+    """Whether another process says it: of mistakes before the ranks meet, which are all the same, a machine's first."""
+    notes = getattr(error, "__notes__", [])  # one that names the rank is said by that rank
     return TOLD in notes or (not notes and os.environ.get("LOCAL_RANK", "0") != "0" and one_line(error) is not None)
 
 

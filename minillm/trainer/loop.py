@@ -99,6 +99,8 @@ class Trainer:
         weights and moments untouched.
         """
         at, dist, self.notes = self.progress, self.dist, []
+        place = f"step {at.step + 1}"
+        dist.at(f"{place}: reading batches")
         with self.clock.waiting():
             micro_batches = self.loader.batches(at.samples)
         n = dist.sum(sum(self.objective.count(batch) for batch in micro_batches))  # no device is waited for
@@ -110,14 +112,17 @@ class Trainer:
 
         losses, totals = [], {}
         for i, batch in enumerate(micro_batches):
+            dist.at(f"{place}: forward {i + 1} of {len(micro_batches)}")
             torch.manual_seed(dropout_seed(self.seed, at.step, i, dist.rank))
             with gradient_sync(self.model, last=i + 1 == len(micro_batches)):
                 with self.autocast():
                     loss_sum, metrics = self.objective(self.model, moved(batch, dist.device))
+                dist.at(f"{place}: backward {i + 1} of {len(micro_batches)}")
                 self.scaler.scale(loss_sum * (dist.dp_size / n)).backward()  # undoes the mean over data-parallel ranks
             losses.append(loss_sum.detach())
             for name, pair in metrics.items():
                 totals.setdefault(name, []).append(pair)
+        dist.at(f"{place}: update")
         self.scaler.unscale_(self.optimizer)
         each_norm = gradient_norms(self.parameters.values())
         grad_norm = clip_grad_norm_(self.parameters.values(), self.grad_clip, each_norm)
@@ -295,6 +300,7 @@ class Trainer:
 
     def raise_if_stopped(self) -> None:
         """Raises Stopped once a signal came: for an evaluation to call now and then, on each rank equally often."""
+        self.dist.at(f"step {self.progress.step}: evaluation")
         self.agree()
         if self.stop_signal:
             raise Stopped
@@ -347,6 +353,7 @@ class Trainer:
         }
         keep_last = self.config.keep_last if keep_last is None else keep_last
         at, tensors = self.progress.step, self.tensors()
+        self.dist.at(f"step {at}: saving")
         path = self.saver.save(self.run.checkpoints, at, tensors, state, keep_last, self.best_step)
         self.unsaved = False
         return path
