@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 
 import minillm
 from minillm.data.config import DataConfig
 from minillm.data.stories import questions
 from minillm.data.text import documents, find_files
+from minillm.distributed.context import connect
 from minillm.losses import IGNORE_INDEX
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -344,3 +346,58 @@ def test_memory_is_that_of_all_processes(large_corpus):
     killed = large_corpus.run([sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"], kill_after=1)
     assert killed.said == "1\n"
     assert killed.seconds < 30
+
+
+# --- several ranks ----------------------------------------------------------------------------------------------------
+
+
+def sent_and_expected():
+    """For each strategy, what is counted over what docs/parallelism.md says."""
+    sys.path.insert(0, str(BENCHMARKS))
+    import traffic
+
+    found = {}
+    with connect("cpu", timeout=60) as dist:
+        for setting in traffic.settings(dist.world_size):
+            sent, P, R = traffic.counted(dist, setting, dim=64)
+            found[setting.layout.strategy, *setting[1:]] = sent.total() / traffic.expected(setting, P, R)
+    return found
+
+
+def test_a_rank_sends_what_the_chapter_says():
+    found = run_ranks(4, sent_and_expected)[0]
+    assert {strategy for strategy, *_ in found} == {"ddp", "fsdp", "hsdp"}
+    assert found == pytest.approx(dict.fromkeys(found, 1.0), rel=1e-2)
+
+
+def scaled():
+    sys.path.insert(0, str(BENCHMARKS))
+    import scaling
+
+    options = scaling.argparse.Namespace(ways=["apart", "ddp", "fsdp"], rounds=2, warmup=1)
+    with connect("cpu", timeout=60) as dist:
+        seconds = scaling.measure(scaling.SHAPES["llama-tiny"], dist, options)
+    return {way: [tuple(one) for one in found] for way, found in seconds.items()}
+
+
+def test_ranks_together_are_timed_beside_one_at_the_same_batch():
+    """Whose losses are compared, too; the times are those of all ranks."""
+    one, other = run_ranks(2, scaled)
+    assert list(one) == ["alone", "apart", "ddp", "fsdp"]
+    assert one == other
+    assert all(len(found) == 2 and min(min(seconds) for seconds in found) > 0 for found in one.values())
+
+
+def test_how_fast_ranks_are_is_a_median_over_rounds_of_times_within_a_round():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import scaling
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    alone = [scaling.Seconds(*pair) for pair in [(2, 2), (4, 4), (12, 12)]]
+    ddp = [scaling.Seconds(*pair) for pair in [(1, 1), (2.5, 2), (3, 6)]]
+    printed = scaling.rows("llama-tiny", 2, {"alone": alone, "ddp": ddp})
+    assert [row[1:] for row in rows("\n".join(["| |", "|-|", *printed]))] == [
+        ["alone", "1", "8", "1.00", "1.00"],
+        ["ddp", "2", "13", "2.00", "2.00"],
+    ]
