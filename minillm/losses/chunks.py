@@ -18,7 +18,10 @@ h)) near 1, by z (log Z)^2 (Chowdhery et al. 2022, section 5). They change what 
 the plain loss comes along. With both, the gradient with respect to the logits is (1 + 2 z log Z) p - (1 - s) onehot(t)
 - s / V.
 
-Shapes: B batch, T time, D dim, V vocab, N rows (B * T, or those that have a target), C rows of a chunk.
+Where the rows of W are spread over tensor-parallel ranks (shard.py), each computes its part of the logits and of the
+gradient with respect to W; the largest logit, the sums and the gradient with respect to h are reduced over the ranks.
+
+Shapes: B batch, T time, D dim, V vocab (of this rank), N rows (B * T, or those that have a target), C rows of a chunk.
 """
 
 from collections.abc import Iterator
@@ -27,6 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from minillm.losses.shard import VocabShard
 
 IGNORE_INDEX = -100
 
@@ -63,11 +68,16 @@ class Projection(NamedTuple):
     weight: Tensor  # (V, D) without padding rows, in the dtype of the matrix products
     bias: Tensor | None  # (V,)
     accumulate_dtype: torch.dtype  # of the softmax, the loss and the sums over chunks
+    vocab_size: int  # over all ranks
+    shard: VocabShard
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, vocab_size: int, dtype: torch.dtype) -> "Projection":
-        bias = None if bias is None else bias[:vocab_size]
-        return cls(weight[:vocab_size].to(dtype), bias, torch.promote_types(dtype, torch.float32))
+    def of(
+        cls, weight: Tensor, bias: Tensor | None, vocab_size: int, dtype: torch.dtype, shard: VocabShard
+    ) -> "Projection":
+        here = vocab_size - shard.first
+        bias = None if bias is None else bias[:here]
+        return cls(weight[:here].to(dtype), bias, torch.promote_types(dtype, torch.float32), vocab_size, shard)
 
 
 class Chunk(NamedTuple):
@@ -75,10 +85,11 @@ class Chunk(NamedTuple):
 
     place: slice
     rows: Tensor  # (C, D), in the dtype of the matrix products
-    targets: Tensor  # (C, 1), 0 where ignored
+    targets: Tensor  # (C, 1), the target's column, 0 where there is none here
+    found: Tensor  # (C, 1), 1.0 where there is one, 0.0 where the target is ignored or another rank's
     trained: Tensor  # (C, 1), 1.0 where there is a target, 0.0 where it is ignored
     exps: Tensor  # (C, V), exp(logit - the row's largest)
-    sums: Tensor  # (C, 1), of exps
+    sums: Tensor  # (C, 1), of exps, over all ranks
     nll: Tensor  # (C,), -log p(target), 0 where ignored
     log_z: Tensor  # (C, 1), of the sum of exp(logit)
     uniform: Tensor | None  # (C, 1), mean of -log p over the vocabulary, where it is asked for
@@ -89,7 +100,7 @@ def softmax_chunks(
     rows: Tensor, projection: Projection, targets: Tensor, chunk_tokens: int, uniform: bool = False
 ) -> Iterator[Chunk]:
     """The softmax over the vocabulary, a chunk of rows after the other, in one buffer."""
-    weight, bias, accumulate_dtype = projection
+    weight, bias, accumulate_dtype, vocab_size, shard = projection
     N, C, V = len(rows), min(len(rows), chunk_tokens), len(weight)
     products = rows.new_empty(C, V, dtype=weight.dtype)
     buffer = products if accumulate_dtype == weight.dtype else rows.new_empty(C, V, dtype=accumulate_dtype)
@@ -102,17 +113,21 @@ def softmax_chunks(
             logits.copy_(product)
         if bias is not None:
             logits.add_(bias)
-        trained = (targets[place] != IGNORE_INDEX)[:, None]  # (C, 1)
-        chunk_targets = targets[place][:, None].where(trained, 0)
-        target_logits = logits.gather(1, chunk_targets)
-        mean_logits = logits.mean(1, keepdim=True) if uniform else None
-        largest = logits.amax(1, keepdim=True)
+        chunk_targets = targets[place][:, None]  # (C, 1)
+        trained = chunk_targets != IGNORE_INDEX
+        found = trained & shard.holds(chunk_targets)
+        chunk_targets = (chunk_targets - shard.first).where(found, 0)
+        target_logits = logits.gather(1, chunk_targets).where(found, 0)
+        logit_sums = logits.sum(1, keepdim=True) if uniform else torch.zeros_like(target_logits)
+        largest = shard.max(logits.amax(1, keepdim=True))
         exps = logits.sub_(largest).exp_()
         sums = exps.sum(1, keepdim=True)
+        sums, target_logits, logit_sums = shard.sum(torch.cat([sums, target_logits, logit_sums], 1)).split(1, dim=1)
         log_z = sums.log() + largest
         nll = (log_z - target_logits).where(trained, 0)[:, 0]
-        mean = log_z - mean_logits if uniform else None
-        yield Chunk(place, chunk_rows, chunk_targets, trained.to(sums.dtype), exps, sums, nll, log_z, mean, product)
+        mean = log_z - logit_sums / vocab_size if uniform else None
+        found, trained = found.to(sums.dtype), trained.to(sums.dtype)
+        yield Chunk(place, chunk_rows, chunk_targets, found, trained, exps, sums, nll, log_z, mean, product)
 
 
 class Gradients:
@@ -133,13 +148,14 @@ class Gradients:
 
         Uses up `chunk.exps`.
         """
-        V = len(self.projection.weight)
+        V, label_smoothing = len(self.projection.weight), penalties.label_smoothing
         grad = chunk.exps  # d nll / d logits = exps / sums - onehot
         if penalties.z_loss:
             grad.mul_(1 + 2 * penalties.z_loss * chunk.log_z)
-        grad.scatter_(1, chunk.targets, grad.gather(1, chunk.targets) - (1 - penalties.label_smoothing) * chunk.sums)
-        if penalties.label_smoothing:
-            grad.sub_(penalties.label_smoothing / V * chunk.sums)
+        onehot = (1 - label_smoothing) * chunk.sums * chunk.found
+        grad.scatter_(1, chunk.targets, grad.gather(1, chunk.targets) - onehot)
+        if label_smoothing:
+            grad.sub_(label_smoothing / self.projection.vocab_size * chunk.sums)
         grad.mul_(scale * chunk.trained / chunk.sums)  # (C, V)
         if self.bias is not None:
             self.bias[:V] += grad.sum(0)
@@ -160,7 +176,9 @@ class Gradients:
                 total.copy_(torch.mm(grad.t(), chunk.rows))
 
     def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients, each in the dtype of what it belongs to."""
+        """The gradients, each in the dtype of what it belongs to; that of the rows is the same on all ranks."""
+        if self.rows is not None:
+            self.projection.shard.sum(self.rows)
         weight = None if self.weight is None else self.weight.to(self.dtypes[0])
         bias = None if self.bias is None else self.bias.to(self.dtypes[1])
         return self.rows, weight, bias
@@ -194,8 +212,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """The summed losses; forward makes the gradients of their total for a scale of 1, backward scales them in place."""
 
     @staticmethod
-    def forward(ctx, rows, weight, bias, targets, vocab_size, chunk_tokens, dtype, penalties):
-        projection = Projection.of(weight, bias, vocab_size, dtype)
+    def forward(ctx, rows, weight, bias, shard, targets, vocab_size, chunk_tokens, dtype, penalties):
+        projection = Projection.of(weight, bias, vocab_size, dtype, shard)
         gradients = Gradients(rows, weight, bias, projection, ctx.needs_input_grad[:3])
         losses = summed_losses(rows, projection, targets, chunk_tokens, penalties, gradients)
         ctx.gradients = gradients.finished()
@@ -211,17 +229,17 @@ class LinearCrossEntropy(torch.autograd.Function):
                 "call the model again, or use cross_entropy"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if gradient is None else gradient.mul_(scale) for gradient in gradients), *[None] * 5
+        return *(None if gradient is None else gradient.mul_(scale) for gradient in gradients), *[None] * 6
 
 
 class LinearLogprobs(torch.autograd.Function):
     """log p(target) of each row; backward makes the logits again, a chunk at a time."""
 
     @staticmethod
-    def forward(ctx, rows, weight, bias, targets, vocab_size, chunk_tokens, dtype):
+    def forward(ctx, rows, weight, bias, shard, targets, vocab_size, chunk_tokens, dtype):
         ctx.save_for_backward(rows, weight, bias, targets)
-        ctx.settings = vocab_size, chunk_tokens, dtype
-        projection = Projection.of(weight, bias, vocab_size, dtype)
+        ctx.settings = shard, vocab_size, chunk_tokens, dtype
+        projection = Projection.of(weight, bias, vocab_size, dtype, shard)
         logprobs = rows.new_empty(len(rows), dtype=projection.accumulate_dtype)
         for chunk in softmax_chunks(rows, projection, targets, chunk_tokens):
             logprobs[chunk.place] = -chunk.nll
@@ -231,9 +249,9 @@ class LinearLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         rows, weight, bias, targets = ctx.saved_tensors
-        vocab_size, chunk_tokens, dtype = ctx.settings
-        projection = Projection.of(weight, bias, vocab_size, dtype)
+        shard, vocab_size, chunk_tokens, dtype = ctx.settings
+        projection = Projection.of(weight, bias, vocab_size, dtype, shard)
         gradients = Gradients(rows, weight, bias, projection, ctx.needs_input_grad[:3])
         for chunk in softmax_chunks(rows, projection, targets, chunk_tokens):
             gradients.add(chunk, -grad[chunk.place][:, None])
-        return *gradients.finished(), *[None] * 4
+        return *gradients.finished(), *[None] * 5

@@ -5,7 +5,8 @@ itself. A model calls it inside its forward, where DDP and FSDP2 have the weight
 
     loss_sum = model(tokens, head=partial(chunked_cross_entropy, targets=targets, vocab_size=V))
 
-How a chunk is computed, and its gradient with it, stands in chunks.py.
+How a chunk is computed, and its gradient with it, stands in chunks.py; what a rank computes of it where the head is
+spread over tensor-parallel ranks, in shard.py. The losses are the same on all of them.
 
 Shapes: B batch, T time, D dim, V vocab, N rows (B * T, or those that have a target).
 """
@@ -26,6 +27,8 @@ from minillm.losses.chunks import (
     matmul_dtype,
     summed_losses,
 )
+from minillm.losses.shard import local_head
+from minillm.tensors import is_sharded
 
 # With the vocabulary as small as a byte's, a chunk by bytes alone would sum a million rows in one half-precision
 # product, which fp16 cannot hold.
@@ -99,19 +102,21 @@ def chunked_losses(
     """
     vocab_size = vocab_size or lm_head.out_features
     rows, row_targets, _ = select_rows(hidden, targets, vocab_size, skip_ignored)
-    chunk_tokens = chunk_tokens or default_chunk_tokens(len(rows), vocab_size, hidden.device)
     if not is_plain_linear(lm_head):
+        chunk_tokens = chunk_tokens or default_chunk_tokens(len(rows), vocab_size, hidden.device)
         arguments = vocab_size, penalties
         parts = [
             checkpoint(penalised_cross_entropy, lm_head, h, t, *arguments, use_reentrant=False)
             for h, t in zip(rows.split(chunk_tokens), row_targets.split(chunk_tokens))
         ]
         return Losses(*(torch.stack(each).sum() for each in zip(*parts)))
-    inputs = rows, lm_head.weight, lm_head.bias
-    dtype = matmul_dtype(lm_head.weight)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return Losses(*LinearCrossEntropy.apply(*inputs, row_targets, vocab_size, chunk_tokens, dtype, penalties))
-    projection = Projection.of(lm_head.weight, lm_head.bias, vocab_size, dtype)
+    weight, bias, shard = local_head(lm_head)
+    chunk_tokens = chunk_tokens or default_chunk_tokens(len(rows), min(vocab_size, shard.rows), hidden.device)
+    dtype = matmul_dtype(weight)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (rows, weight, bias)):
+        options = shard, row_targets, vocab_size, chunk_tokens, dtype, penalties
+        return Losses(*LinearCrossEntropy.apply(rows, weight, bias, *options))
+    projection = Projection.of(weight, bias, vocab_size, dtype, shard)
     return summed_losses(rows, projection, row_targets, chunk_tokens, penalties)
 
 
@@ -130,13 +135,13 @@ def token_logprobs(
     """
     vocab_size = vocab_size or lm_head.out_features
     rows, row_targets, index = select_rows(hidden, targets, vocab_size, skip_ignored)
-    chunk_tokens = chunk_tokens or default_chunk_tokens(len(rows), vocab_size, hidden.device)
     if is_plain_linear(lm_head):
-        dtype = matmul_dtype(lm_head.weight)
-        logprobs = LinearLogprobs.apply(
-            rows, lm_head.weight, lm_head.bias, row_targets, vocab_size, chunk_tokens, dtype
-        )
+        weight, bias, shard = local_head(lm_head)
+        chunk_tokens = chunk_tokens or default_chunk_tokens(len(rows), min(vocab_size, shard.rows), hidden.device)
+        dtype = matmul_dtype(weight)
+        logprobs = LinearLogprobs.apply(rows, weight, bias, shard, row_targets, vocab_size, chunk_tokens, dtype)
     else:
+        chunk_tokens = chunk_tokens or default_chunk_tokens(len(rows), vocab_size, hidden.device)
         parts = zip(rows.split(chunk_tokens), row_targets.split(chunk_tokens))
         logprobs = torch.cat(
             [checkpoint(plain_logprobs, lm_head, h, t, vocab_size, use_reentrant=False) for h, t in parts]
@@ -157,9 +162,13 @@ def plain_logprobs(lm_head: nn.Module, hidden: Tensor, targets: Tensor, vocab_si
 
 
 def is_plain_linear(lm_head: nn.Module) -> bool:
-    """Whether calling lm_head is exactly x W^T + b, so that its weight may be used directly."""
-    hooks = lm_head._forward_hooks or lm_head._forward_pre_hooks
-    return isinstance(lm_head, nn.Linear) and type(lm_head).forward is nn.Linear.forward and not hooks
+    """Whether calling lm_head is exactly x W^T + b, so that its weight may be used directly.
+
+    The hooks of a head that is spread over ranks gather what each makes of its rows: still x W^T + b.
+    """
+    if not isinstance(lm_head, nn.Linear) or type(lm_head).forward is not nn.Linear.forward:
+        return False
+    return is_sharded(lm_head.weight) or not (lm_head._forward_hooks or lm_head._forward_pre_hooks)
 
 
 def on_host(tensor: Tensor) -> bool:
