@@ -29,6 +29,7 @@ from minillm.data.prompts import prompts_of
 from minillm.distributed.config import Layout, ParallelConfig, layout
 from minillm.distributed.context import Context, connect, free_memory, peak_flops, with_mesh
 from minillm.distributed.parallelize import parallelize
+from minillm.distributed.tensor_parallel import tensor_parallel_problems
 from minillm.eval.perplexity import evaluate, mixture, token_byte_lengths
 from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
@@ -87,6 +88,11 @@ class Config:
             )
         if not self.model.causal:
             problems.append("model.causal: false lets a token see the one that it is trained to predict; leave it true")
+        if self.parallel.tp > 1:
+            rows = (
+                self.model.vocab_size or self.model.vocab_multiple
+            )  # before there is a tokenizer: the rows it pads to
+            problems += tensor_parallel_problems(self.model.to_config(vocab_size=rows), self.parallel.tp, seq_len)
         if self.optim.lr_scales:  # looked at here, and not when hours of tokenising are over
             with torch.device("meta"):
                 problems += unmatched_patterns(Transformer(self.model.to_config(vocab_size=1)), self.optim)

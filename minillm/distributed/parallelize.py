@@ -21,6 +21,7 @@ from torch.futures import Future
 
 from minillm.distributed.config import Layout
 from minillm.distributed.context import Context
+from minillm.distributed.tensor_parallel import apply_tensor_parallel
 
 DDP = nn.parallel.DistributedDataParallel
 ONE = Layout("ddp", 1, 1, 1)
@@ -53,13 +54,17 @@ def parallelize(
 
     Parameter names stay as they are, seen through `minillm.tensors.parameter_names`.
     """
+    if layout.tp > 1:
+        apply_tensor_parallel(model, dist.mesh["tp"])
     checkpoint_and_compile(model, activation_checkpointing, compile)
-    if layout.strategy != "ddp" and layout.dp_replicate * layout.dp_shard > 1:
+    # DDP takes no DTensors; FSDP2 over shards of one rank averages their gradients in its stead
+    fsdp = layout.dp_replicate * layout.dp_shard > 1 and (layout.strategy != "ddp" or layout.tp > 1)
+    if fsdp:
         shard(model, dist, layout, dtype, reshard_after_forward, compress)
     if init is not None:
         model.to_empty(device=dist.device if dist is not None else "cpu")
         init(model)
-    if layout.strategy == "ddp" and layout.dp_replicate > 1:
+    if not fsdp and layout.dp_replicate > 1:
         model = replicate(model, dist, compress)
     return model
 
@@ -87,7 +92,7 @@ def shard(
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = dist.mesh["dp_replicate", "dp_shard"] if layout.strategy == "hsdp" else dist.mesh["dp_shard"]
+    mesh = dist.mesh["dp_shard"] if layout.strategy == "fsdp" else dist.mesh["dp_replicate", "dp_shard"]
     reduce_dtype = torch.bfloat16 if compress == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False

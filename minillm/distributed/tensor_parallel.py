@@ -41,8 +41,8 @@ def tensor_parallel_problems(config: ModelConfig, tp: int, seq_len: int | None =
     rows, multiple = config.padded_vocab_size, math.lcm(config.vocab_multiple, tp)
     if rows % tp:
         problems.append(
-            f"model.vocab_multiple: {config.vocab_multiple} makes {rows} rows of a vocabulary of {config.vocab_size}, "
-            f"which parallel.tp {tp} does not divide; set it to {multiple}"
+            f"model.vocab_multiple: {config.vocab_multiple} leaves a number of rows in the vocabulary that parallel.tp "
+            f"{tp} does not divide; set it to {multiple}"
         )
     elif config.vocab_size <= rows - rows // tp:
         problems.append(
@@ -50,11 +50,13 @@ def tensor_parallel_problems(config: ModelConfig, tp: int, seq_len: int | None =
             f"of which the last of parallel.tp {tp} ranks would hold only padding; set it to {tp}"
         )
     if config.position == "learned" and config.max_seq_len % tp:
-        problems.append(f"parallel.tp: {tp} does not divide model.max_seq_len {config.max_seq_len}, the rows of pos_embed")
+        problems.append(
+            f"model.max_seq_len: {config.max_seq_len} learned positions cannot be cut into parallel.tp {tp} equal parts"
+        )
     if seq_len is not None and seq_len % tp:
         problems.append(
-            f"data.seq_len: {seq_len} cannot be cut into parallel.tp {tp} equal parts; "
-            f"{seq_len // tp * tp or tp} can"
+            f"data.seq_len: {seq_len} tokens cannot be cut into parallel.tp {tp} equal parts; "
+            f"{max(tp, seq_len // tp * tp)} can"
         )
     return problems
 

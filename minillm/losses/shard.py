@@ -48,8 +48,8 @@ class VocabShard(NamedTuple):
 def local_head(lm_head: nn.Linear) -> tuple[Tensor, Tensor | None, VocabShard]:
     """Weight and bias of a head, or the rows of them that this rank holds, and which those are.
 
-    Gradients of the parts reach the parameters. Raises RuntimeError for a weight that is cut in another way, such as one
-    that FSDP2 has not gathered.
+    Gradients of the parts reach the parameters. Raises RuntimeError for a weight that is cut in another way, such as
+    one that FSDP2 has not gathered.
     """
     weight, bias = lm_head.weight, lm_head.bias
     if not is_sharded(weight):
