@@ -22,6 +22,7 @@ from minillm.data.mixture import PLACES, Source, say_use, shares, whole_places
 from minillm.data.order import epochs_and_rows, sources_and_numbers
 from minillm.data.shards import prepare
 from minillm.data.store import Prepared
+from minillm.distributed.context import Context
 from minillm.eval.perplexity import mixture
 from minillm.log import read_metrics, run_command
 from minillm.losses import IGNORE_INDEX
@@ -447,7 +448,7 @@ def test_an_evaluation_can_be_interrupted_in_any_source(workplace):
     tokenizer = ByteTokenizer()
     sources = open_sources(config.data, tokenizer)
     model = Transformer(config.model.to_config(vocab_size=tokenizer.vocab_size))
-    evaluate = train.make_evaluation(model, NextToken(), tokenizer, sources, config, torch.device("cpu"))
+    evaluate = train.make_evaluation(model, NextToken(), tokenizer, sources, config, Context(torch.device("cpu")))
     asked = []
     assert "val_loss/blue" in evaluate(lambda: asked.append(True))
     n_batches, asked = len(asked), []

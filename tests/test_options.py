@@ -1,4 +1,4 @@
-"""Every option of train.py's sections run, optim, train and log does something: a run with it leaves something else.
+"""Every option of the sections run, optim, train, log and parallel does something: a run with it leaves something else.
 
 The fields of a model are tested so in test_model.py. Here a run is what it leaves: rows, checkpoints, files, samples.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import train
+from minillm.distributed.parallelize import parallelize
 from minillm.log import read_metrics, run_command
 
 SMALL = """
@@ -40,7 +41,7 @@ every = 1
 samples = 0
 curves = false
 """
-SECTIONS = ("run", "optim", "train", "log")
+SECTIONS = ("run", "optim", "train", "log", "parallel")
 LONG = "--train.max_steps 38 --train.eval_every 38 --train.save_every 38 --optim.lr 1e-5"  # enough to judge spikes by
 # field -> what both runs are given, and the value that one of them is given for the field
 CHANGES = {
@@ -77,6 +78,7 @@ CHANGES = {
     "train.spike_threshold": (LONG, "1e-3"),
     "train.label_smoothing": ("", "0.5"),
     "train.z_loss": ("", "0.1"),
+    "log.ranks": ("", "true"),
     "train.max_bad_steps": ("--optim.lr 1e30", "1"),
     "log.every": ("", "2"),
     "log.samples": ("", "1"),
@@ -90,6 +92,14 @@ ELSEWHERE = {
     "run.resume": ("test_train", "test_a_longer_end_continues_a_finished_run"),
     "run.device": ("test_train", "test_a_mistake_is_one_clear_line_and_nothing_is_written"),
     "train.compile": ("test_train", "test_a_compiled_model_trains_like_one_that_is_not"),
+    "train.async_save": ("test_trainer", "test_saving_in_the_background_saves_the_same"),
+    "parallel.strategy": ("test_parallelize", "test_every_layout_computes_the_gradients_of_one_process"),
+    "parallel.dp_replicate": ("test_parallelize", "test_what_the_layout_leaves_open_is_filled_in"),
+    "parallel.dp_shard": ("test_parallelize", "test_what_the_layout_leaves_open_is_filled_in"),
+    "parallel.tp": ("test_parallelize", "test_what_the_layout_leaves_open_is_filled_in"),
+    "parallel.reshard_after_forward": ("test_parallelize", "test_every_layout_computes_the_gradients_of_one_process"),
+    "parallel.compress": ("test_parallelize", "test_gradients_sent_in_bf16_are_close"),
+    "parallel.timeout": ("test_heartbeat", "test_a_rank_that_sleeps_is_named_with_its_place_and_line"),
     "log.wandb": ("test_trackers", "test_wandb_without_a_login_keeps_the_rows_here_under_one_id"),
 }
 NEEDS = {"log.curves": "matplotlib", "log.tensorboard": "tensorboard"}
@@ -114,7 +124,12 @@ def runs():
 def what_is_left(directory, words, capsys, monkeypatch):
     """What a run leaves, but for what time decides."""
     recomputed = []
-    monkeypatch.setattr(train, "parallelize", lambda model, *how: recomputed.append(how))
+
+    def watched(model, *how, **more):
+        recomputed.append(how)  # nothing else tells whether something was computed again
+        return parallelize(model, *how, **more)
+
+    monkeypatch.setattr(train, "parallelize", watched)
     monkeypatch.setattr(train, "peak_flops", lambda *_: 1e12)  # measuring takes longer than the run
     capsys.readouterr()
     code = run_command(train.main, ["small.toml", "--run.dir", str(directory), *words])

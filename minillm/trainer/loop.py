@@ -18,7 +18,7 @@ from minillm.distributed.context import Context, peak_memory
 from minillm.distributed.parallelize import gradient_sync
 from minillm.log import LOGGER, Clock, RunLog, Tracker, memory_explained
 from minillm.objectives import Objective
-from minillm.optim import clip_grad_norm_, gradient_norms, optimizer_tensors
+from minillm.optim import clip_grad_norm_, gradient_norms, optimizer_tensors, unscale_
 from minillm.run import RunDirectory
 from minillm.signals import stop_requests
 from minillm.tensors import parameter_names
@@ -123,7 +123,7 @@ class Trainer:
             for name, pair in metrics.items():
                 totals.setdefault(name, []).append(pair)
         dist.at(f"{place}: update")
-        self.scaler.unscale_(self.optimizer)
+        unscale_(self.scaler, self.optimizer)
         each_norm = gradient_norms(self.parameters.values())
         grad_norm = clip_grad_norm_(self.parameters.values(), self.grad_clip, each_norm)
         figures["loss"] = float(dist.sum(torch.stack(losses).cpu().double().sum())) / n
@@ -135,7 +135,7 @@ class Trainer:
 
         finite = not dist.any(not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])))
         if not finite:
-            self.report_skip(figures)
+            self.report_skip(figures, each_norm)
         spike = self.spike_watch.look(at.step + 1, at.samples, figures, each_norm) if finite else None
         if spike:
             at.spikes += 1
@@ -175,7 +175,7 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.dist.device.type, self.dtype)
 
-    def report_skip(self, figures: dict[str, float]) -> None:
+    def report_skip(self, figures: dict[str, float], each_norm: torch.Tensor) -> None:
         """Name what was not finite in a step that is not applied, and count the ones in a row."""
         step = self.progress.step + 1
         loss_is_finite = math.isfinite(figures["loss"])
@@ -183,7 +183,7 @@ class Trainer:
             LOGGER.info("step %d: fp16 overflow at loss scale %g; skipped", step, self.scaler.get_scale())
             return
         self.progress.bad_steps_in_a_row += 1
-        bad = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+        bad = [name for name, norm in zip(self.parameters, each_norm.tolist()) if not math.isfinite(norm)]
         where = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         what = f"the gradient is not finite in {where}" if loss_is_finite else f"the loss is {figures['loss']}"
         LOGGER.warning("step %d: %s; skipped", step, what)
