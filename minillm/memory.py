@@ -37,6 +37,7 @@ from minillm.optim import OptimConfig, build_optimizer, optimizer_tensors
 Checkpointing = Literal["none", "selective", "full"]
 FP32 = 4  # bytes
 GIB = 2**30
+SECOND = ("o_proj", "down_proj")  # of the pairs of matrices that tensor parallelism cuts
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,18 @@ def estimate(config: ModelConfig, optim: OptimConfig, setting: Setting, layout: 
     weights = gradients = FP32 * held.own
     moments = moment_bytes(config, optim.name, optim.momentum, layout)
 
-    attention, rest = block_bytes(config, setting)
-    kept = {"none": attention + rest, "selective": FP32 * config.dim + rest, "full": FP32 * config.dim}[mode]
+    attention, rest = block_bytes(config, setting, layout.tp)
+    stream = FP32 * config.dim // layout.tp  # tensor parallelism cuts it along the sequence
+    kept = {"none": attention + rest, "selective": stream + rest, "full": stream}[mode]
     again = {"none": 0, "selective": attention, "full": attention + rest}[mode]
     # backward through a block: what is computed again, and gradients of the MLP's inner vectors and of the stream
-    working = tokens * (again + number * (2 * config.ffn_dim + 2 * config.dim))
+    working = tokens * (again + number * (2 * config.ffn_dim // layout.tp + 2 * config.dim))
     activations = tokens * config.n_layers * kept
 
     table = FP32 * held.table  # the loss makes its gradients, of the head's weight and of rows, at once
     rows = FP32 * config.dim * tokens
     chunk_tokens = default_chunk_tokens(tokens, config.vocab_size, torch.device(setting.device_type))
-    logits = chunk_tokens * config.vocab_size * (FP32 if number == FP32 else FP32 + number)
+    logits = chunk_tokens * (config.vocab_size // layout.tp) * (FP32 if number == FP32 else FP32 + number)
 
     # autocast makes a copy of each matrix, which is kept until the backward pass has used it; FSDP2 gathers blocks as
     # such copies, and the root's tables, in fp32, for the whole step
@@ -103,7 +105,7 @@ def estimate(config: ModelConfig, optim: OptimConfig, setting: Setting, layout: 
     # buffer that it sent the root's from
     earlier = gradients * (bucketed + setting.accumulates) + root * setting.accumulates
 
-    final_norm = 2 * FP32 * config.dim * tokens  # its input and its output
+    final_norm = tokens * (stream + FP32 * config.dim)  # its input and its output
     until_backward = copies + root + kept_blocks + activations + table + rows + earlier
     if sharded:
         # a block's gradients are sent when it is through, the root's last, from a buffer that a CPU fills from another
@@ -178,8 +180,15 @@ def parameter_shapes(config: ModelConfig) -> list[tuple[str, tuple[int, ...], bo
 
 
 def tensor_parallel_shape(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
-    """What a rank of the tp axis holds of a parameter."""
-    return shape
+    """What a rank of the tp axis holds of a parameter.
+
+    The second matrix of each pair is cut by its inputs, all others by their rows; what follows the second is whole.
+    """
+    module = name.split(".")[-2]
+    if tp == 1 or "norm" in module or (module in SECOND and len(shape) < 2):
+        return shape
+    dim = 1 if module in SECOND else 0
+    return tuple(ceil(size / tp) if i == dim else size for i, size in enumerate(shape))
 
 
 @lru_cache(maxsize=64)
@@ -188,8 +197,8 @@ def moment_bytes(config: ModelConfig, name: str, momentum: float | None, layout:
     shards = layout.dp_shard if layout.strategy != "ddp" else 1
     total = 0
     for parameter, shape, size in moment_shapes(config, name, momentum):
-        first, *others = tensor_parallel_shape(parameter, shape, layout.tp) or (1,)
-        total += size * ceil(first / (shards if shape else 1)) * prod(others)
+        first, *others = tensor_parallel_shape(parameter, shape, layout.tp) if shape else (shards,)  # or one number
+        total += size * ceil(first / shards) * prod(others)
     return total
 
 
@@ -206,22 +215,26 @@ def moment_shapes(config: ModelConfig, name: str, momentum: float | None) -> lis
 # --- what of the activations ------------------------------------------------------------------------------------------
 
 
-def block_bytes(config: ModelConfig, setting: Setting) -> tuple[int, int]:
-    """Bytes a token that the attention of a block keeps, and those that the rest of it keeps."""
-    D, F, number = config.dim, config.ffn_dim, number_bytes(setting)
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+def block_bytes(config: ModelConfig, setting: Setting, tp: int = 1) -> tuple[int, int]:
+    """Bytes a token that the attention of a block keeps, and those that the rest of it keeps.
+
+    Each rank of the tp axis has a part of the heads, of the MLP's width, and of the sequence that the norms read.
+    """
+    D, F, number = config.dim, config.ffn_dim // tp, number_bytes(setting)
+    heads = config.n_heads // tp
+    q, kv = heads * config.head_dim, config.n_kv_heads * config.head_dim // tp
     gated, shared = config.mlp in ("swiglu", "geglu"), number == FP32  # autocast makes each projection its own input
-    attention = number * ((1 if shared else 3) * D + 2 * q + 2 * kv) + FP32 * config.n_heads
+    attention = number * ((1 if shared else 3) * D + 2 * q + 2 * kv) + FP32 * heads
     if config.qk_norm:
         attention += number * (q + kv)
     if setting.device_type == "cpu":  # its attention works on parts, whose outputs are joined in a copy
         attention += number * q
     inner = {"swiglu": 3, "geglu": 4}.get(config.mlp, 2)
-    rest = FP32 * 2 * D + number * ((1 if shared or not gated else 2) * D + inner * F)
+    rest = FP32 * 2 * D // tp + number * ((1 if shared or not gated else 2) * D + inner * F)
     if config.dropout:
         rest += number * 2 * D
         if setting.device_type == "cpu":  # no fused kernel drops out: the weights, the mask and their product are kept
-            attention += 3 * number * config.n_heads * setting.seq_len
+            attention += 3 * number * heads * setting.seq_len
     return attention, rest
 
 

@@ -11,7 +11,8 @@ LAYERS = [
     ["data", "distributed", "lora"],
     ["objectives", "checkpoint", "doctor", "hf", "generate", "plan"],
     ["load", "eval", "memory"],
-    ["recipe", "trainer"],
+    ["recipe", "strategy", "trainer"],
+    ["simulate"],
     ["cli"],
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
