@@ -27,7 +27,7 @@ from minillm.data.loader import Loader, eval_batches
 from minillm.data.mixture import Source, held_out, say_use
 from minillm.data.prompts import prompts_of
 from minillm.distributed.config import Layout, ParallelConfig, layout
-from minillm.distributed.context import Context, connect, free_memory, peak_flops, with_mesh
+from minillm.distributed.context import Context, best_precision, connect, free_memory, peak_flops, with_mesh
 from minillm.distributed.parallelize import parallelize
 from minillm.distributed.tensor_parallel import tensor_parallel_problems
 from minillm.eval.perplexity import evaluate, mixture, token_byte_lengths
@@ -45,8 +45,8 @@ from minillm.log import (
     read_metrics,
     run_command,
 )
-from minillm.memory import Setting, memory_advice
-from minillm.model.config import ModelSection
+from minillm.memory import Setting, memory_advice, usable
+from minillm.model.config import ModelConfig, ModelSection
 from minillm.model.init import init_weights
 from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
@@ -54,6 +54,7 @@ from minillm.optim import OptimConfig, build_optimizer, lr_at, unmatched_pattern
 from minillm.plan import count_parameters, flops_per_token, micro_batch_size
 from minillm.recipe import earlier, earlier_run, fitting, read_layers, run_of_all, source_layer, starting_point
 from minillm.run import RunConfig, RunDirectory
+from minillm.strategy import choose_strategy
 from minillm.tensors import is_sharded, unwrapped
 from minillm.tokenizer import Tokenizer, TokenizerConfig
 from minillm.trainer import DTYPES, TrainConfig, Trainer, completed, total_steps
@@ -164,9 +165,20 @@ def make_trainer(
         raise ValueError("train.patience: nothing is held out to evaluate on; give data.val, or leave patience out")
     model_config = config.model.to_config(vocab_size=tokenizer.vocab_size)
     samples_per_step = train.batch_tokens // data.seq_len
-    shape = resolved(config.parallel, dist)
+    if train.precision == "auto":
+        train = dataclasses.replace(train, precision=best_precision(device))
+    dp_size = max(1, dist.world_size // config.parallel.tp)
+    rows = train.micro_batch_size or micro_batch_size(data.seq_len, -(-samples_per_step // dp_size), device)
+    setting = Setting(
+        rows=rows,
+        seq_len=data.seq_len,
+        precision=train.precision,
+        activation_checkpointing=train.activation_checkpointing,
+        accumulates=samples_per_step > rows * dp_size,
+        device_type=device.type,
+    )
+    parallel, shape = resolved(config, model_config, setting, dist)
     dist = with_mesh(dist, shape.dp_replicate, shape.dp_shard, shape.tp)
-    rows = train.micro_batch_size or micro_batch_size(data.seq_len, -(-samples_per_step // dist.dp_size), device)
     loader = Loader(
         sources,
         seq_len=data.seq_len,
@@ -190,15 +202,13 @@ def make_trainer(
         data = dataclasses.replace(data, val=sources[0].prepared.info["settings"]["val"])
     config = dataclasses.replace(config, model=section, data=data, train=train, optim=optim, log=log)
 
-    setting = Setting(
+    setting = dataclasses.replace(
+        setting,
         rows=loader.micro_batch_size,
-        seq_len=data.seq_len,
-        precision=train.precision,
-        activation_checkpointing=train.activation_checkpointing,
         accumulates=loader.forwards > 1,
-        device_type=device.type,
+        reshard_after_forward=parallel.reshard_after_forward,
     )
-    advice = partial(memory_advice, model_config, optim, setting, free_memory(device))
+    advice = partial(memory_advice, model_config, optim, setting, free_memory(device), shape)
     with memory_explained(advice):
         with torch.device("meta"):
             model = Transformer(model_config)
@@ -209,7 +219,7 @@ def make_trainer(
             dist=dist,
             layout=shape,
             dtype=DTYPES[train.precision],
-            reshard_after_forward=config.parallel.reshard_after_forward,
+            reshard_after_forward=parallel.reshard_after_forward,
             compress=config.parallel.compress,
             init=partial(init_weights, seed=config.run.seed),
         )
@@ -258,10 +268,22 @@ def make_trainer(
     return trainer, config
 
 
-def resolved(config: ParallelConfig, dist: Context) -> Layout:
-    """How the ranks share the run."""
-    strategy = "ddp" if config.strategy == "auto" else config.strategy
-    return layout(config, dist.world_size, strategy, int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size)))
+def resolved(
+    config: Config, model_config: ModelConfig, setting: Setting, dist: Context
+) -> tuple[ParallelConfig, Layout]:
+    """The `parallel` section with auto decided, by the least memory that a rank has, and the layout that it makes."""
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))
+    free = free_memory(dist.device)
+    if free is not None and dist.device.type == "cpu":
+        free //= ranks_per_node  # they share it
+    known = not dist.any(free is None)
+    room = -dist.max(-usable(free, dist.device.type)) if known else None
+    parallel, why = choose_strategy(
+        model_config, config.optim, setting, config.parallel, dist.world_size, ranks_per_node, room
+    )
+    if config.parallel.strategy == "auto" and dist.world_size > 1:
+        LOGGER.info("parallel.strategy auto: %s", why)
+    return parallel, layout(parallel, dist.world_size, parallel.strategy, ranks_per_node)
 
 
 def start_from(path: str, trainer: Trainer) -> None:

@@ -276,16 +276,18 @@ def alternatives(setting: Setting, optim: OptimConfig) -> Iterator[tuple[dict[st
                 yield fewer | change, smaller, other_optim
 
 
-def memory_advice(config: ModelConfig, optim: OptimConfig, setting: Setting, free: int | None) -> str:
+def memory_advice(
+    config: ModelConfig, optim: OptimConfig, setting: Setting, free: int | None, layout: Layout = ONE
+) -> str:
     """What a run that ran out of memory needed, and the settings that would fit; `free`: bytes there were for it."""
-    needed = estimate(config, optim, setting)
+    needed = estimate(config, optim, setting, layout)
     said = f"by estimate training takes {needed.peak / GIB:.2g} GiB ({needed.describe()})"
     if free is None:
         return f"{said}; lower train.micro_batch_size, or set train.activation_checkpointing to full"
     room, least = usable(free, setting.device_type), needed.peak
     said += f", and {free / GIB:.2g} GiB were free, which hold {max(0, room) / GIB:.2g} of tensors"
     for change, smaller, other in alternatives(setting, optim):
-        peak = estimate(config, other, smaller).peak
+        peak = estimate(config, other, smaller, layout).peak
         if peak <= room:
             words = " ".join(f"--{name} {value}" for name, value in change.items())
             return f"{said}; what would fit: {words} ({peak / GIB:.2g} GiB)"
