@@ -27,8 +27,9 @@ from minillm.objectives import NextToken
 from minillm.optim import OptimConfig, build_optimizer
 from minillm.trainer import DTYPES, TrainConfig, Trainer
 
+SEND_NOTHING = ("wait_tensor", "_wrap_tensor_autograd")
 COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather")
-V, T, ROWS = 256, 16, 2  # a vocabulary, and micro-batches, so small that weights are nearly all that is sent
+V, T, ROWS, LAYERS = 256, 16, 2, 2
 
 
 # --- what is sent -----------------------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, name = func.name().split("::")
-        if namespace == "c10d":
+        if "c10d" in namespace and name not in SEND_NOTHING:
             self.count(name, args)
         return func(*args, **(kwargs or {}))
 
@@ -55,6 +56,13 @@ class Traffic(TorchDispatchMode):
             self.sent["all-gather"] += size(args[0]) - size(args[1])
         elif name == "_reduce_scatter_base_":
             self.sent["reduce-scatter"] += size(args[1]) - size(args[0])
+        elif name == "all_reduce":  # from here on: what DTensors send
+            ranks = torch_dist.distributed_c10d._resolve_process_group(args[2]).size()
+            self.sent["all-reduce"] += size(args[0]) * 2 * (ranks - 1) / ranks
+        elif name == "all_gather_into_tensor":
+            self.sent["all-gather"] += size(args[0]) * (args[1] - 1)
+        elif name == "reduce_scatter_tensor":
+            self.sent["reduce-scatter"] += size(args[0]) * (args[2] - 1) / args[2]
         else:
             raise ValueError(f"{name}: no rule says how much a rank sends for it")
 
@@ -76,15 +84,19 @@ class Setting(NamedTuple):
     compress: str = "none"
 
 
-def expected(setting: Setting, P: int, R: int) -> float:
+def expected(setting: Setting, P: int, R: int, dim: int) -> float:
     """Bytes that a rank sends in a step, of P parameters, R of them in the root."""
     layout, number = setting.layout, DTYPES[setting.precision].itemsize
-    copies, shards = layout.dp_replicate, layout.dp_shard
+    copies, shards, tp = layout.dp_replicate, layout.dp_shard, layout.tp
+    P, R = P / tp, R / tp
     gradient = 2 if setting.compress == "bf16" else 4
     averaged = 2 * gradient * P / shards * (copies - 1) / copies  # an all-reduce of what a rank holds
     gathers = 2 if setting.reshard_after_forward else 1
     gathered = 4 * R + gathers * number * (P - R)
-    return averaged + setting.m * (gradient * P + gathered) * (shards - 1) / shards
+    # of a block: two gathers and two sums forward and backward, those of a norm's side in fp32; and at the two ends
+    streams = ROWS * T * dim * (LAYERS * (4 * 4 + 4 * number) + 20)
+    sharded = (gradient * P + gathered) * (shards - 1) / shards
+    return averaged + setting.m * (sharded + streams * (tp - 1) / tp)
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------
@@ -109,7 +121,7 @@ def counted(dist: Context, setting: Setting, dim: int) -> tuple[Counter[str], in
     layout = setting.layout
     dist = with_mesh(dist, layout.dp_replicate, layout.dp_shard, layout.tp)
     with torch.device("meta"):
-        model = Transformer(ModelConfig(vocab_size=V, dim=dim, n_layers=2, n_heads=4, max_seq_len=T))
+        model = Transformer(ModelConfig(vocab_size=V, dim=dim, n_layers=LAYERS, n_heads=4, max_seq_len=T))
     P = sum(parameter.numel() for parameter in model.parameters())
     R = P - sum(parameter.numel() for parameter in model.blocks.parameters())
     model = parallelize(
@@ -149,9 +161,12 @@ def settings(ranks: int) -> list[Setting]:
         Setting(fsdp, m=2, reshard_after_forward=False),
         Setting(fsdp, m=2, precision="bf16"),
         Setting(fsdp, m=2, precision="bf16", compress="bf16"),
+        Setting(Layout("ddp", 1, 1, ranks), m=2),
+        Setting(Layout("ddp", 1, 1, ranks), m=2, precision="bf16"),
     ]
     if ranks >= 4 and ranks % 2 == 0:
         found.append(Setting(Layout("hsdp", 2, ranks // 2, 1), m=2))
+        found.append(Setting(Layout("fsdp", 1, ranks // 2, 2), m=2))
     return found
 
 
@@ -168,12 +183,12 @@ def main(argv: list[str] | None = None) -> None:
         for setting in settings(dist.world_size):
             sent, P, R = counted(dist, setting, options.dim)
             if dist.is_main:
-                print(row(setting, sent, expected(setting, P, R)), flush=True)
+                print(row(setting, sent, expected(setting, P, R, options.dim)), flush=True)
 
 
 def row(setting: Setting, sent: Counter[str], formula: float) -> str:
     name, replicate, shard, tp = vars(setting.layout).values()
-    words = [name, setting.precision]
+    words = ["tp" if replicate * shard == 1 else name, setting.precision]
     if not setting.reshard_after_forward:
         words.append("ZeRO-2")
     if setting.compress != "none":

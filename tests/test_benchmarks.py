@@ -359,15 +359,17 @@ def sent_and_expected():
     found = {}
     with connect("cpu", timeout=60) as dist:
         for setting in traffic.settings(dist.world_size):
-            sent, P, R = traffic.counted(dist, setting, dim=64)
-            found[setting.layout.strategy, *setting[1:]] = sent.total() / traffic.expected(setting, P, R)
+            sent, P, R = traffic.counted(dist, setting, dim=128)
+            found[*vars(setting.layout).values(), *setting[1:]] = sent.total() / traffic.expected(setting, P, R, 128)
     return found
 
 
 def test_a_rank_sends_what_the_chapter_says():
+    """But for the few numbers beside the gradients, which are more with tensor parallel: those of the norms."""
     found = run_ranks(4, sent_and_expected)[0]
-    assert {strategy for strategy, *_ in found} == {"ddp", "fsdp", "hsdp"}
-    assert found == pytest.approx(dict.fromkeys(found, 1.0), rel=1e-2)
+    assert {(strategy, tp) for strategy, _, _, tp, *_ in found} >= {("ddp", 1), ("fsdp", 1), ("hsdp", 1), ("fsdp", 2)}
+    for (*_, tp), ratio in [(key[:4], ratio) for key, ratio in found.items()]:
+        assert 1 <= ratio < (1.01 if tp == 1 else 1.05)
 
 
 def scaled():
