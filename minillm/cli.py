@@ -27,7 +27,7 @@ from minillm.doctor import report as doctor_report
 from minillm.files import free_directory
 from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
-from minillm.load import load
+from minillm.load import export, load
 from minillm.log import read_metrics, run_command
 from minillm.run import RunConfig, RunDirectory
 from minillm.tokenizer import TokenizerConfig, describe, load_tokenizer, train_tokenizer
@@ -115,6 +115,15 @@ class Generate(SamplingParams):
     prompt: Annotated[str, "text to continue"] = ""
     step: Annotated[int | None, "checkpoint of a run; none: the newest", ">= 0"] = None
     device: Annotated[str, "auto | cpu | cuda | mps | ..."] = "auto"
+
+
+@dataclass(frozen=True)
+class Export:
+    """Options of `export`."""
+
+    path: Annotated[str, "run directory or checkpoint"]
+    out: Annotated[str, "folder to write"]
+    step: Annotated[int | None, "checkpoint of a run; none: the newest", ">= 0"] = None
 
 
 @dataclass(frozen=True)
@@ -244,6 +253,13 @@ def generate_text(options: Generate) -> None:
     print()
 
 
+def export_model(options: Export) -> None:
+    """Write the model of a run as one file, with config and tokenizer."""
+    out = export(options.path, free_directory(options.out), options.step)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"{out}: {size / 1e6:,.1f} MB; minillm.load({str(options.out)!r}) reads it")
+
+
 def doctor(options: Doctor) -> None:
     """Say what this machine has, how fast it is and what to set."""
     places = {"run.dir": str(Path(RunConfig.dir).parent), "data.cache_dir": DataConfig.cache_dir}
@@ -262,6 +278,7 @@ VERBS = {
     "data info": Verb(data_info, DataInfo, ["path"], "PATH: what prepared data holds"),
     "data inspect": Verb(data_inspect, DataInspect, ["path"], "RUN --step N: the documents and tokens of a step"),
     "generate": Verb(generate_text, Generate, ["path"], "RUN --prompt TEXT: continue a text"),
+    "export": Verb(export_model, Export, ["path", "out"], "RUN OUT: the model as one file, with config and tokenizer"),
     "doctor": Verb(doctor, Doctor, [], "what this machine has, how fast it is, what to set"),
 }
 

@@ -7,7 +7,10 @@ and is filled from the files a tensor at a time. So the peak is one model, and t
 import dataclasses
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,16 +35,22 @@ def load(
     folder = find_checkpoint(Path(path), step)
     _, manifest = checkpoint.verify(folder, skip=checkpoint.OPTIM)
     config, tokenizer = describe(folder)
+    model = match_on_meta(folder, manifest, config)
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    checkpoint.fill(folder, manifest, checkpoint.match_tensors(folder, manifest, parameters, skip=checkpoint.OPTIM))
+    return model.eval(), tokenizer
+
+
+def match_on_meta(folder: Path, manifest: dict, config: ModelConfig) -> Transformer:
+    """The model without memory, its parameters in the dtypes of the checkpoint; ValueError where that has others."""
     with torch.device("meta"):
         model = Transformer(config)
     for name, parameter in model.named_parameters():
         if name in manifest["tensors"]:
             parameter.data = parameter.data.to(checkpoint.DTYPES[manifest["tensors"][name]["dtype"]])
     checkpoint.match_tensors(folder, manifest, dict(model.named_parameters()), skip=checkpoint.OPTIM)
-    model.to_empty(device=device)
-    parameters = dict(model.named_parameters())
-    checkpoint.fill(folder, manifest, checkpoint.match_tensors(folder, manifest, parameters, skip=checkpoint.OPTIM))
-    return model.eval(), tokenizer
+    return model
 
 
 def describe(folder: Path) -> tuple[ModelConfig, Tokenizer | None]:
@@ -78,18 +87,40 @@ def save(model: Transformer, tokenizer: Tokenizer | None, directory: str | Path)
 
     Raises ValueError when `directory` holds something already, when the disk is full or the place read-only.
     """
+    with new_home(model.config, tokenizer, directory) as (folder, state):
+        checkpoint.write(folder, parameter_names(model), state)
+    return Path(directory).resolve()
+
+
+def export(path: str | Path, directory: str | Path, step: int | None = None) -> Path:
+    """`save` of the model of a run or checkpoint, however many files it is in; in the memory of a block of rows.
+
+    Of a run, the newest checkpoint that verifies, or that of `step`. Raises ValueError as `load` and `save` do.
+    """
+    source = find_checkpoint(Path(path), step)
+    _, manifest = checkpoint.verify(source, skip=checkpoint.OPTIM)
+    config, tokenizer = describe(source)
+    match_on_meta(source, manifest, config)
+    with new_home(config, tokenizer, directory) as (folder, state):
+        checkpoint.write_whole(folder, source, manifest, state, skip=checkpoint.OPTIM)
+    return Path(directory).resolve()
+
+
+@contextmanager
+def new_home(
+    config: ModelConfig, tokenizer: Tokenizer | None, directory: str | Path
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(folder, state) to write weights with; the folder has config and tokenizer, and becomes `directory` in the end."""
     directory = Path(directory).resolve()
     with explained(directory):
-        if directory.exists() and any(directory.iterdir()):
+        if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
             raise ValueError(f"{directory}: is there already; choose another directory, or remove it first")
-        config = {"model": dataclasses.asdict(model.config)}
-        state = {"config": config, "tokenizer_hash": tokenizer.hash if tokenizer else None}
+        written = {"model": dataclasses.asdict(config)}
         with atomic_directory(directory) as folder:
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save(folder)
-            checkpoint.write(folder, parameter_names(model), state)
-    return directory
+            yield folder, {"config": written, "tokenizer_hash": tokenizer.hash if tokenizer else None}
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Path:

@@ -236,6 +236,17 @@ def test_impossible_generation_is_refused_before_any_text(run_dir, capsys, words
     assert message in failure(capsys, "generate", run_dir, *words)
 
 
+def test_an_exported_model_is_that_of_the_run(run_dir, workplace, capsys):
+    assert minillm("export", run_dir, "out") == 0
+    assert "MB; minillm.load('out') reads it" in capsys.readouterr().out
+    said = []
+    for path in (run_dir, "out"):
+        assert minillm("generate", path, "--prompt", "the cat", "--max_new_tokens", 12, "--seed", 3) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert "out: out is not empty" in failure(capsys, "export", run_dir, "out")
+
+
 def test_a_directory_that_is_no_run_is_named(workplace, capsys):
     (workplace / "empty").mkdir()
     assert "empty" in failure(capsys, "generate", "empty")

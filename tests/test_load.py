@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from minillm import checkpoint
-from minillm.load import load, save
+from minillm.checkpoint.manifest import signed
+from minillm.checkpoint.shard import write_shard
+from minillm.load import export, load, save
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.tokenizer import ByteTokenizer, CharTokenizer
@@ -143,6 +146,94 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
     result = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 67 * 1.4
+
+
+# --- one file of many -------------------------------------------------------------------------------------------------
+
+
+def in_pieces(path: Path, manifest: dict) -> None:
+    """Cut each matrix of a checkpoint into an upper half and two lower quarters, each in a file of its own."""
+    tensors = checkpoint_tensors(path, manifest)
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2:
+            continue
+        rows, columns = (size // 2 for size in tensor.shape)
+        places = {(0, 0): tensor[:rows], (rows, 0): tensor[rows:, :columns], (rows, columns): tensor[rows:, columns:]}
+        pieces = []
+        for i, (offset, part) in enumerate(places.items()):
+            file = f"{name}-{i}.safetensors"
+            manifest["files"][file] = write_shard(path / file, {name: part})
+            pieces.append({"file": file, "offset": list(offset), "shape": list(part.shape)})
+        manifest["tensors"][name]["pieces"] = pieces
+    rest = {name: tensor for name, tensor in tensors.items() if tensor.ndim < 2}
+    manifest["files"]["model-00000.safetensors"] = write_shard(path / "model-00000.safetensors", rest)
+    del manifest["sha256"]
+    (path / "manifest.json").write_bytes(signed(manifest))
+
+
+def checkpoint_tensors(path: Path, manifest: dict) -> dict[str, torch.Tensor]:
+    into = {
+        name: torch.empty(entry["shape"], dtype=checkpoint.DTYPES[entry["dtype"]])
+        for name, entry in manifest["tensors"].items()
+        if not name.startswith(checkpoint.OPTIM)
+    }
+    checkpoint.load_tensors(path, into, skip=checkpoint.OPTIM)
+    return into
+
+
+def test_many_files_are_exported_as_one(run, tmp_path):
+    model = make_model(30)
+    model.blocks[0].mlp.up_proj.bfloat16()
+    path = add_checkpoint(run, 30, model)
+    in_pieces(path, checkpoint.read(path)[1])
+    assert len(list(path.glob("*.safetensors"))) > 10
+    out = export(run, tmp_path / "out")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.json",
+        "manifest.json",
+        "model-00000.safetensors",
+        "state.json",
+        "tokenizer.json",
+    ]
+    exported, tokenizer = load(out)
+    assert same_weights(exported, model)
+    assert tokenizer.hash == TOKENIZER.hash
+    theirs = safetensors.torch.load_file(out / "model-00000.safetensors")
+    assert all(torch.equal(theirs[name], parameter) for name, parameter in model.named_parameters())
+    assert same_weights(load(export(run, tmp_path / "earlier", step=10))[0], make_model(10))
+
+
+def test_nothing_is_exported_over_something_or_from_something_damaged(run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="full: is there already"):
+        export(run, tmp_path / "full")
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    shard = run / "checkpoints" / "step-00000020" / "model-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"model-00000\.safetensors: not what was saved"):
+        export(shard.parent, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_takes_the_memory_of_a_block(tmp_path):
+    """67 MB of parameters beside 134 MB of moments, exported by a process of its own."""
+    config = ModelConfig(vocab_size=65536, dim=256, n_layers=1, max_seq_len=16)
+    with torch.device("meta"):
+        model = Transformer(config)
+    tensors = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
+    tensors |= {f"optim.{moment}.{name}": torch.zeros(p.shape) for moment in "ab" for name, p in tensors.items()}
+    checkpoint.save(tmp_path / "run", 1, tensors, {"config": {"model": dataclasses.asdict(config)}})
+    script = """
+import resource, sys
+from minillm.load import export
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+export(sys.argv[1], sys.argv[2])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    command = [sys.executable, "-c", script, tmp_path / "run", tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 30  # MB
 
 
 # --- what cannot be loaded -------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@
 The manifest is written last, and the directory gets its name by one rename after every byte is on the disk. So a
 reader finds the old state or the new one, and a directory whose manifest does not hold is no checkpoint at all.
 Nothing here unpickles. shard.py is one file of tensors, layout.py who writes what, manifest.py the proof, folder.py one
-checkpoint, series.py those of a run, ranks.py how many ranks do it as one, and saver.py how training goes on meanwhile.
+checkpoint, series.py those of a run, ranks.py how many ranks do it as one, saver.py how training goes on meanwhile, and
+whole.py makes one file of many.
 """
 
 from minillm.checkpoint.folder import fill, load_tensors, match_tensors, read, verify, write
@@ -18,6 +19,7 @@ from minillm.checkpoint.ranks import ALONE
 from minillm.checkpoint.saver import Saver
 from minillm.checkpoint.series import candidates, folder_of, latest, save
 from minillm.checkpoint.shard import DTYPES
+from minillm.checkpoint.whole import write_whole
 
 __all__ = [
     "ALONE",
@@ -34,4 +36,5 @@ __all__ = [
     "save",
     "verify",
     "write",
+    "write_whole",
 ]

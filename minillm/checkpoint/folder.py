@@ -61,16 +61,18 @@ def write_pieces(
     `at`: what the folder will be called, for errors.
     """
     written = on_every_rank(dist, lambda: write_shards(folder, own, dist.rank), at)
+    files = {name: entry for shards in written for name, entry in shards.items()}
+    on_main(dist, lambda: write_rest(folder, layout, files, state, step), at)
 
-    def describe() -> None:
-        files = {name: entry for shards in written for name, entry in shards.items()}
-        (folder / STATE).write_text(state, encoding="utf-8")
-        for path in sorted(folder.iterdir()):  # state.json, and what the caller put there: config.json, a tokenizer
-            if path.name not in files:
-                files[path.name] = {"size": path.stat().st_size, "sha256": file_hash(path)}
-        (folder / MANIFEST).write_bytes(make_manifest(layout, files, step))
 
-    on_main(dist, describe, at)
+def write_rest(folder: Path, layout: Layout, files: Mapping[str, dict], state: str, step: int) -> None:
+    """Write what there is beside the shards (`files`: their sizes and hashes): the state and, last, the manifest."""
+    files = dict(files)
+    (folder / STATE).write_text(state, encoding="utf-8")
+    for path in sorted(folder.iterdir()):  # state.json, and what the caller put there: config.json, a tokenizer
+        if path.name not in files:
+            files[path.name] = {"size": path.stat().st_size, "sha256": file_hash(path)}
+    (folder / MANIFEST).write_bytes(make_manifest(layout, files, step))
 
 
 def write_shards(folder: Path, own: Mapping[str, Tensor], rank: int) -> dict[str, dict]:
@@ -224,18 +226,10 @@ def reads(manifest: dict, targets: Mapping[str, Tensor]) -> list[tuple[str, str,
 @torch.no_grad()
 def fill(path: str | Path, manifest: dict, targets: Mapping[str, Tensor]) -> None:
     """Copy a verified checkpoint into what `match_tensors` found for its tensors: of each, what this rank holds."""
-    by_file: dict[str, list[tuple[str, Box, Box]]] = {}
-    for name, file_name, box, common in reads(manifest, targets):
-        by_file.setdefault(file_name, []).append((name, box, common))
-    for file_name, needed in by_file.items():
-        header = read_header(Path(path) / file_name)
-        with opened(Path(path) / file_name) as (file, _):
-            for name, box, common in needed:
-                part, offset = local_part(targets[name].detach())
-                part = narrowed(part, [a - b for a, b in zip(common.offset, offset)], common.shape)
-                inside = Box(tuple(a - b for a, b in zip(common.offset, box.offset)), common.shape)
-                try:
-                    read_rows(file, header[name], inside, part)
-                except EOFError:
-                    where = f"{Path(path) / file_name}: ends inside {name}"
-                    raise ValueError(f"{where}; it changed while it was read") from None
+    headers: dict[str, Header] = {}
+    for name, file, box, common in reads(manifest, targets):
+        if file not in headers:
+            headers[file] = read_header(Path(path) / file)
+        part, offset = local_part(targets[name].detach())
+        place = narrowed(part, *common.within(Box(offset, tuple(part.shape))))
+        read_rows(Path(path) / file, headers[file][name], common.within(box), place)

@@ -28,6 +28,10 @@ class Box(NamedTuple):
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
+    def within(self, other: "Box") -> "Box":
+        """The same part, counted from where another begins."""
+        return Box(tuple(a - b for a, b in zip(self.offset, other.offset)), self.shape)
+
 
 class Layout(NamedTuple):
     """What is written of a run's tensors, and by whom."""
@@ -111,7 +115,7 @@ def own_pieces(layout: Layout, tensors: Mapping[str, Tensor], rank: int) -> dict
         for writer, box in pieces:
             if writer == rank:
                 part, offset = local_part(tensors[name].detach())
-                own[name] = narrowed(part, [a - b for a, b in zip(box.offset, offset)], box.shape)
+                own[name] = narrowed(part, *box.within(Box(offset, tuple(part.shape))))
     return own
 
 

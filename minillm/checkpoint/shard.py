@@ -108,8 +108,8 @@ def read_header(path: Path) -> Header:
     return header
 
 
-def read_rows(file: BinaryIO, entry: tuple[str, list[int], int, int], box: Box, into: Tensor) -> None:
-    """Copy a part of a stored tensor, some blocks of rows at a time. Raises EOFError where the file ends too early.
+def read_rows(path: Path, entry: tuple[str, list[int], int, int], box: Box, into: Tensor) -> None:
+    """Copy a part of a stored tensor, some blocks of rows at a time.
 
     `entry` is what the header says of the tensor, `box` the part of it, `into` a tensor of that part's shape.
     """
@@ -120,14 +120,15 @@ def read_rows(file: BinaryIO, entry: tuple[str, list[int], int, int], box: Box, 
     whole_rows = list(box.shape[1:]) == shape[1:]
     in_place = whole_rows and into.device.type == "cpu" and into.is_contiguous()
     step = max(1, BLOCK // row)
-    for start in range(0, box.shape[0], step):
-        part = into[start : start + step]
-        data = part if in_place else torch.empty((len(part), *shape[1:]), dtype=DTYPES[code])
-        file.seek(place + (box.offset[0] + start) * row)
-        if file.readinto(byte_view(data)) != len(part) * row:
-            raise EOFError
-        if not in_place:
-            part.copy_(narrowed(data, (0, *box.offset[1:]), part.shape))
+    with opened(path) as (file, _):
+        for start in range(0, box.shape[0], step):
+            part = into[start : start + step]
+            data = part if in_place else torch.empty((len(part), *shape[1:]), dtype=DTYPES[code])
+            file.seek(place + (box.offset[0] + start) * row)
+            complete = file.readinto(byte_view(data)) == len(part) * row
+            require(complete, f"{path}: ends too early; it changed while it was read")
+            if not in_place:
+                part.copy_(narrowed(data, (0, *box.offset[1:]), part.shape))
 
 
 def file_hash(path: Path, expected_size: int | None = None) -> str:
