@@ -110,7 +110,7 @@ def export(path: str | Path, directory: str | Path, step: int | None = None) -> 
 def new_home(
     config: ModelConfig, tokenizer: Tokenizer | None, directory: str | Path
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(folder, state) to write weights with; the folder has config and tokenizer, and becomes `directory` in the end."""
+    """(folder, state) to write weights with; the folder, with config and tokenizer, becomes `directory` in the end."""
     directory = Path(directory).resolve()
     with explained(directory):
         if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
