@@ -319,6 +319,7 @@ HOSTILE = {
     "torch_pickle": b"PK\x03\x04" + pickle.dumps(Bomb()),
     "header_beyond_the_file": (2**40).to_bytes(8, "little") + b"{}",
     "header_too_large": (100 * 2**20).to_bytes(8, "little") + b" " * 64,
+    "header_of_100_mb": hostile_shard(b" " * (100 * 2**20)),
     "header_not_json": hostile_shard(b"{{{{"),
     "header_deeply_nested": hostile_shard(b"[" * 100_000),
     "huge_integer": hostile_shard(b'{"w": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 4]}}'),
@@ -405,6 +406,83 @@ def test_symbolic_links_and_pipes_are_refused(tmp_path, file):
 )
 def test_pieces_that_do_not_make_up_the_tensor_are_refused(tmp_path, changes):
     assert_refused(confirmed(tmp_path / "c", GOOD_SHARD, **changes), {"w": torch.zeros(1)}, "c/")
+
+
+def two_pieces(path: Path, offsets: tuple[int, int], files: tuple[str, str], shape: list[int]) -> Path:
+    """A tensor of two pieces of one number each, in files whose hashes the manifest confirms."""
+    confirmed(path, GOOD_SHARD)
+    (path / "v.safetensors").write_bytes(GOOD_SHARD)
+    _, manifest = checkpoint.read(path)
+    manifest["files"]["v.safetensors"] = manifest["files"]["w.safetensors"]
+    pieces = [{"file": file, "offset": [offset], "shape": [1]} for file, offset in zip(files, offsets)]
+    manifest["tensors"]["w"] = {"dtype": "F32", "shape": shape, "pieces": pieces}
+    rewrite(path, manifest)
+    return path
+
+
+BOTH = ("w.safetensors", "v.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("offsets", "files", "shape"),
+    [
+        ((0, 0), BOTH, [2]),  # as many numbers as the whole has, one of them twice and one of them never
+        ((1, 1), BOTH, [2]),
+        ((0, 0), BOTH, [1]),
+        ((0, 1), BOTH, [3]),
+        ((0, 1), ("w.safetensors", "w.safetensors"), [2]),  # one name in a file is one tensor
+        ((0, 2**63 - 1), BOTH, [2**63]),
+    ],
+)
+def test_pieces_that_overlap_or_leave_gaps_are_refused(tmp_path, offsets, files, shape):
+    into = {"w": torch.zeros(2)}
+    checkpoint.load_tensors(two_pieces(tmp_path / "good", (0, 1), BOTH, [2]), into)
+    assert into["w"].tolist() == [1, 1]
+    assert_refused(two_pieces(tmp_path / "c", offsets, files, shape), {"w": torch.zeros(2)}, r"manifest\.json: not a")
+
+
+@pytest.mark.parametrize("shape", [[2**63], [2**63, 2**63], [1] * 9, [True], [1.0], [-1, -1], None, {}, 1])
+def test_impossible_shapes_in_the_manifest_are_refused(tmp_path, shape):
+    path = confirmed(tmp_path / "c", GOOD_SHARD)
+    _, manifest = checkpoint.read(path)
+    offset = [0] * len(shape) if isinstance(shape, list) else shape
+    pieces = [{"file": "w.safetensors", "offset": offset, "shape": shape}]
+    manifest["tensors"]["w"] = {"dtype": "F32", "shape": shape, "pieces": pieces}
+    rewrite(path, manifest)
+    assert_refused(path, {"w": torch.zeros(1)}, r"manifest\.json: not a manifest|w\.safetensors: ")
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "state.json"])
+def test_json_of_100_mb_is_refused_unread(tmp_path, file):
+    path = confirmed(tmp_path / "c", GOOD_SHARD)
+    _, manifest = checkpoint.read(path)
+    manifest["files"]["state.json"]["size"] = 100 * 2**20
+    rewrite(path, manifest)
+    os.truncate(path / file, 100 * 2**20)
+    assert_refused(path, {"w": torch.zeros(1)}, f"{file}: 104857600 bytes are too many for it")
+
+
+def test_refusing_what_is_hostile_takes_no_memory(tmp_path):
+    """Each hostile shard, and manifests of impossible shapes, in one process whose peak is measured."""
+    for kind, shard in HOSTILE.items():
+        confirmed(tmp_path / kind, shard)
+    script = """
+import resource, sys, torch
+from pathlib import Path
+from minillm import checkpoint
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+refused = 0
+for path in Path(sys.argv[1]).iterdir():
+    try:
+        checkpoint.load_tensors(path, {"w": torch.zeros(1)})
+    except ValueError:
+        refused += 1
+print(refused, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    result = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
+    refused, megabytes = map(int, result.stdout.split())
+    assert refused == len(HOSTILE)
+    assert megabytes < 50
 
 
 def test_the_hostile_cases_differ_from_a_good_one_only_in_what_they_test(tmp_path):

@@ -93,7 +93,8 @@ def check_tensor(name: str, entry: dict, files: dict) -> None:
     """Raises ValueError for a tensor whose pieces are not listed, lie outside, overlap or leave gaps."""
     shape, pieces = entry["shape"], entry["pieces"]
     require(entry["dtype"] in DTYPES, f"{name} has an unknown dtype, {entry['dtype']!r}")
-    require(len(shape) <= MAX_DIMS and all(map(is_size, shape)), f"{name} has no shape: {shape}")
+    is_shape = isinstance(shape, list) and len(shape) <= MAX_DIMS and all(map(is_size, shape))
+    require(is_shape, f"{name} has no shape: {shape}")
     for piece in pieces:
         require(piece["file"] in files, f"{name} is in {piece['file']!r}, which is not listed")
         ranges = zip(piece["offset"], piece["shape"], shape, strict=True)
