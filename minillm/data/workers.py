@@ -7,7 +7,6 @@ socket; when the program that started it is gone, however that happened, the soc
 
 import gc
 import os
-import pickle
 import socket
 import subprocess
 import sys
@@ -18,11 +17,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from minillm.data import wire
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 PACKAGE = Path(__file__).parent.parent
 AHEAD = 4  # results per worker that may be ready before their turn: bounds memory when one task takes long
+FUNCTION, TASK = b"function", b"task"  # what a worker is sent: what to do from now on, or something to do it to
 # A worker leaves out the package's __init__, which imports torch: seconds and hundreds of MB a process.
 START = """
 import sys, types
@@ -45,6 +47,14 @@ class Outcome(NamedTuple):
 
     result: object = None
     error: Exception | None = None
+
+
+class Answer(NamedTuple):
+    """What a worker sends back: the result of a task, or what is wrong with it or with us."""
+
+    result: object = None
+    users_error: str | None = None
+    our_error: str | None = None
 
 
 class Workers:
@@ -83,14 +93,14 @@ class Workers:
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """function(task) for each task, in order; the first error, in order of the tasks, is raised.
 
-        The function and the tasks must pickle. Raises ValueError when a worker dies.
+        The function, the tasks and the results must be what `wire` can spell. Raises ValueError when a worker dies.
         """
         if not self.processes:
             yield from map(function, tasks)
             return
-        payload = pickle.dumps(function)
+        packed = wire.pack(function)
         for connection in self.processes:
-            self.send(connection, (payload, None))
+            self.send(connection, FUNCTION, packed)
         upcoming = guarded(tasks)
         queue: deque[tuple[int, object]] = deque()  # read ahead, so that a worker that is done gets its next at once
         idle = list(self.processes)
@@ -126,20 +136,25 @@ class Workers:
 
     def hand_over(self, connection: Connection, queue: deque, working: dict[Connection, int]) -> None:
         index, task = queue.popleft()
-        self.send(connection, (None, task))
+        self.send(connection, TASK, wire.pack(task))
         working[connection] = index
 
-    def send(self, connection: Connection, message: object) -> None:
+    def send(self, connection: Connection, kind: bytes, frames: wire.Frames) -> None:
         try:
-            connection.send(message)
+            wire.send(connection, [kind, *frames])
         except OSError:
             raise self.death(connection) from None
 
     def receive(self, connection: Connection) -> Outcome:
         try:
-            return connection.recv()
+            answer = wire.unpack(wire.receive(connection))
         except (EOFError, OSError):
             raise self.death(connection) from None
+        if answer.users_error is not None:
+            return Outcome(error=ValueError(answer.users_error))
+        if answer.our_error is not None:
+            return Outcome(error=RuntimeError(answer.our_error))
+        return Outcome(answer.result)
 
     def death(self, connection: Connection) -> ValueError:
         code = self.processes[connection].wait()
@@ -158,31 +173,31 @@ def guarded(tasks: Iterable[Task]) -> Iterator[Outcome]:
 
 
 def serve(handle: int) -> None:
-    """What a worker does: for each task that arrives, send its outcome; end when the socket closes."""
+    """What a worker does: for each task that arrives, send its answer; end when the socket closes."""
     gc.freeze()  # what was imported stays: the garbage collector need not look through it again and again
     connection = Connection(handle)
-    payload, function = b"", None
+    packed, function = [], None
     try:
         while True:
-            new_payload, task = connection.recv()
-            if new_payload is not None:
-                payload, function = new_payload, None
+            kind, *frames = wire.receive(connection)
+            if kind == FUNCTION:
+                packed, function = frames, None
                 continue
             try:
-                function = function or unpickle(payload)
-                outcome = Outcome(function(task))
+                function = function or find_function(packed)
+                answer = wire.pack(Answer(function(wire.unpack(frames))))
             except ValueError as error:
-                outcome = Outcome(error=ValueError(str(error)))
+                answer = wire.pack(Answer(users_error=str(error)))
             except Exception:
-                outcome = Outcome(error=RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))
-            connection.send(outcome)
+                answer = wire.pack(Answer(our_error=f"in a worker process:\n{traceback.format_exc()}"))
+            wire.send(connection, answer)
     except (EOFError, OSError):  # the program that asked is gone
         os._exit(0)
 
 
-def unpickle(payload: bytes) -> Callable:
+def find_function(frames: list[bytes]) -> Callable:
     try:
-        return pickle.loads(payload)
+        return wire.unpack(frames)
     except (ImportError, AttributeError):  # a tokenizer of the user's own, whose module needs the package's __init__
         sys.modules.pop("minillm")
-        return pickle.loads(payload)
+        return wire.unpack(frames)

@@ -95,8 +95,8 @@ class HFTokenizer(TableTokenizer):
         config = json.dumps(self.config | self.marks, indent=2, ensure_ascii=False) + "\n"
         return {"tokenizer_config.json": config, "tokenizer.json": self.description}
 
-    def __reduce__(self):
-        return HFTokenizer, (self.description, self.config)
+    def arguments(self) -> tuple:
+        return (self.description, self.config)
 
 
 def read_hugging_face(path: Path) -> HFTokenizer:

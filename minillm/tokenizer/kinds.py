@@ -113,6 +113,13 @@ class TableTokenizer(ABC):
     def files(self) -> dict[str, bytes | str]:
         """Name and content of each file of a saved tokenizer, in the order of writing."""
 
+    @abstractmethod
+    def arguments(self) -> tuple:
+        """What its class makes the same one of."""
+
+    def __reduce__(self):
+        return type(self), self.arguments()
+
 
 class OwnTokenizer(TableTokenizer):
     """What our own kinds share: the names of the special tokens, and a definition that is hashed and saved."""
@@ -184,8 +191,8 @@ class BPETokenizer(OwnTokenizer):
         # the description comes last because it names the hash of the model
         return {"tokenizer.model": self.model, **super().files()}
 
-    def __reduce__(self):
-        return BPETokenizer, (self.model,)
+    def arguments(self) -> tuple:
+        return (self.model,)
 
 
 def independent_parts(text: str) -> list[str]:
@@ -236,8 +243,8 @@ class CharTokenizer(OwnTokenizer):
             batch.append(ids)
         return batch
 
-    def __reduce__(self):
-        return CharTokenizer, (self.definition["characters"], self.definition["special_tokens"])
+    def arguments(self) -> tuple:
+        return (self.definition["characters"], self.definition["special_tokens"])
 
 
 class ByteTokenizer(OwnTokenizer):
@@ -255,6 +262,9 @@ class ByteTokenizer(OwnTokenizer):
         for number, text in enumerate(texts):
             refuse_surrogates(text, place(texts, number))
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) + self.first for text in texts]
+
+    def arguments(self) -> tuple:
+        return (list(self.special_tokens),)
 
 
 def listed(texts: Sequence[str]) -> list[str]:
