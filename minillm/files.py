@@ -10,13 +10,19 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 from weakref import WeakSet
+
+HOST = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())
+TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9-]+)\.(\d+)\.tmp")  # .NAME.HOST.PROCESS.tmp
+DAY = 24 * 60 * 60.0  # seconds
 
 
 class BusyError(ValueError):
@@ -68,7 +74,7 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Replace a file's content in one step. Raises ValueError when the disk is full or the place read-only."""
     path = Path(path)
     remove_leftovers(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(path)
     try:
         with explained(path), open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -91,8 +97,7 @@ def remove_leftovers(path: Path) -> None:
 def leftovers(path: Path) -> Iterator[Path]:
     """What writers of a file or directory that are dead have left beside it."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process = leftover.suffixes[-2][1:]
-        if process.isdigit() and not is_alive(int(process)):
+        if is_abandoned(leftover):
             yield leftover
 
 
@@ -107,6 +112,23 @@ def free_directory(path: str | Path) -> Path:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"out: {path} is {'not empty' if path.is_dir() else 'a file'}; choose another folder")
     return path
+
+
+def temporary_for(path: Path) -> Path:
+    """Where this process writes a file or directory before it gets its name: on a shared disk no other does."""
+    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
+
+
+def is_abandoned(temporary: Path) -> bool:
+    """Whether the process that wrote it is dead. Of another machine's nothing is known, so its file stays for a day."""
+    name = TEMPORARY.fullmatch(temporary.name)
+    if name is None:
+        return False
+    if name[1] == HOST:
+        return not is_alive(int(name[2]))
+    with suppress(OSError):
+        return time.time() - temporary.stat().st_mtime > DAY
+    return False
 
 
 def is_alive(process: int) -> bool:
@@ -128,8 +150,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     Raises ValueError when the disk is full or the place read-only.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
+    temporary, aside = temporary_for(path), temporary_for(path.with_name(f"{path.name}.old"))
     with explained(path):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))

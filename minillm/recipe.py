@@ -13,6 +13,7 @@ from minillm import checkpoint
 from minillm.config import ConfigError, Layer, arguments, build, convert, fields_of, file_layer, lookup, nearest
 from minillm.data.corpus import corpus_bytes
 from minillm.distributed.context import Context
+from minillm.distributed.launch import began, check_shared, note_begun
 from minillm.load import describe, find_checkpoint, tokenizer_home
 from minillm.model.config import ModelConfig, ModelSection
 from minillm.model.presets import PRESETS, preset_fields
@@ -31,7 +32,13 @@ def read_layers(config_class: type, argv: Sequence[str]) -> list[Layer]:
     if len(files) > 1:
         raise ConfigError([f"one config file is expected, not {len(files)}: {', '.join(files)}"])
     given = [*map(file_layer, files), line]
-    return [*preset_layer(given), *given]
+    return [*preset_layer(given), *given, *restart_layer(given)]
+
+
+def restart_layer(given: Sequence[Layer]) -> list[Layer]:
+    """Where torchrun starts again what it has begun itself, the run goes on, whatever was said of an earlier one."""
+    directory = Path(str(lookup(given, "run.dir", RunConfig.dir)))
+    return [Layer("a restart by torchrun", {"run.resume": "auto"})] if began(directory) else []
 
 
 def preset_layer(layers: Sequence[Layer]) -> list[Layer]:
@@ -137,10 +144,16 @@ def earlier(home: Path, given: list[Layer]) -> list[Layer]:
 
 @contextmanager
 def run_of_all(config: RunConfig, dist: Context) -> Iterator[RunDirectory]:
-    """The run's directory, which rank 0 holds for all of them while the block runs; errors as those of `open_run`."""
+    """The run's directory, which rank 0 holds for all of them while the block runs; errors as those of `open_run`.
+
+    Raises ValueError also where another machine does not see it.
+    """
     with ExitStack() as stack:
         with dist.main_first("opening the run"):
             run = stack.enter_context(open_run(config)) if dist.is_main else RunDirectory(config.dir)
+        check_shared(dist, run.path, "run.dir")
+        if dist.is_main:
+            note_begun(run.path)
         yield run
 
 

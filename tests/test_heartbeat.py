@@ -90,7 +90,7 @@ def test_a_rank_that_sleeps_is_named_with_its_place_and_line(forks):
     assert codes == [1, 1]
     assert re.search(
         r"^error: rank 1 \(\S+\) has been at `step 1: reading batches` \(test_heartbeat\.py:\d+ in steps\) for \d+ s; "
-        r"the others wait no longer \(parallel\.timeout 4\)$",
+        r"the others wait no longer than 4 s \(parallel\.timeout\)$",
         said[0],
         re.M,
     )
@@ -126,8 +126,8 @@ def test_a_rank_waits_at_the_store_for_rank_0_no_longer_than_it_lives(forks):
 # --- who is behind ----------------------------------------------------------------------------------------------------
 
 
-def beat(turn, communicates=False):
-    return {"turn": turn, "communicates": communicates}
+def beat(turn, communicates=False, patience=0.0):
+    return {"turn": turn, "communicates": communicates, "patience": patience}
 
 
 def test_who_is_behind_is_who_had_fewer_turns_or_does_not_communicate():
@@ -144,6 +144,7 @@ def test_nobody_sleeps_whom_nobody_waits_for_long_or_who_moves():
     assert sleepers({0: beat(5), 1: beat(4), 2: {"left": True}}, still | {0: 3.0}, 60) == [], "0 has just come there"
     assert sleepers({0: beat(5), 1: beat(4), 2: beat(5)}, still | {1: 3.0}, 60) == [], "1 moves"
     assert sleepers({0: beat(4), 1: {"left": True}, 2: {"left": True}}, still, 60) == [], "the others are gone"
+    assert sleepers({0: beat(5, True), 1: beat(5, patience=600.0), 2: beat(5, True)}, still, 60) == [], "it saves"
     assert sleepers({}, {}, 60) == []
 
 

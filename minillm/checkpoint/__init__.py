@@ -16,7 +16,7 @@ whole.py makes one file of many.
 from minillm.checkpoint.folder import fill, load_tensors, match_tensors, read, verify, write
 from minillm.checkpoint.manifest import OPTIM
 from minillm.checkpoint.ranks import ALONE
-from minillm.checkpoint.saver import Saver
+from minillm.checkpoint.saver import PATIENCE, Saver
 from minillm.checkpoint.series import candidates, folder_of, latest, save
 from minillm.checkpoint.shard import DTYPES
 from minillm.checkpoint.whole import write_whole
@@ -25,6 +25,7 @@ __all__ = [
     "ALONE",
     "DTYPES",
     "OPTIM",
+    "PATIENCE",
     "Saver",
     "candidates",
     "fill",

@@ -1,7 +1,6 @@
 """The checkpoints of one run: saved atomically, the newest that holds found again, old ones evicted."""
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,10 +14,10 @@ from minillm.checkpoint.layout import Layout, lay_out, own_pieces
 from minillm.checkpoint.manifest import spell
 from minillm.checkpoint.ranks import ALONE, on_main
 from minillm.distributed.context import Context
-from minillm.files import atomic_directory, fsync_directory, is_alive
+from minillm.files import atomic_directory, fsync_directory, is_abandoned, temporary_for
 
 CHECKPOINT = re.compile(r"step-(\d{8,})(\.old)?")
-TEMPORARY = re.compile(r"\.step-\d{8,}(?:\.old)?\.(\d+)\.tmp")
+TEMPORARY = re.compile(r"\.(step-\d{8,}(?:\.old)?)\..+\.tmp")
 
 logger = logging.getLogger("minillm")
 
@@ -149,7 +148,7 @@ def evict(newest: Path, keep_last: int, best_step: int | None = None, dist: Cont
 
 def remove(path: Path) -> None:
     """Remove a checkpoint; its name goes first, so that a half removed one is never taken for a checkpoint."""
-    doomed = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    doomed = temporary_for(path)
     try:
         path.rename(doomed)
         shutil.rmtree(doomed)
@@ -161,6 +160,6 @@ def remove_leftovers(directory: Path) -> None:
     """Remove what writers that died have left behind: unfinished saves, half removed checkpoints."""
     for path in directory.iterdir():
         name = TEMPORARY.fullmatch(path.name)
-        if name and (int(name[1]) == os.getpid() or not is_alive(int(name[1]))):
+        if name and (path == temporary_for(directory / name[1]) or is_abandoned(path)):
             logger.info("%s: removed, the save that it belongs to never finished", path)
             shutil.rmtree(path, ignore_errors=True)

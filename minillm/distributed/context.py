@@ -63,13 +63,14 @@ class Context:
         """True on the one rank that prints and writes what is written once."""
         return self.rank == 0
 
-    def at(self, place: str) -> None:
+    def at(self, place: str, patience: float = 0.0) -> None:
         """Say where this rank is, for the others to name where they wait for it; costs next to nothing.
 
-        All ranks say the same in the same order; the same words once more only say that it moves on.
+        All ranks say the same in the same order; the same words once more only say that it moves on. `patience`:
+        seconds that the others wait there, where that is more than the timeout.
         """
         if self.heartbeat:
-            self.heartbeat.at(place)
+            self.heartbeat.at(place, patience)
 
     def sum(self, value: Number) -> Number:
         """The sum over the data-parallel ranks, of the kind that it is given: int, float or tensor."""

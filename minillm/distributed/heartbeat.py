@@ -53,7 +53,7 @@ class Heartbeat:
         self.rank, self.timeout = rank, timeout
         self.store, self.own_store = connection(store, timeout), connection(store, timeout)  # one for each thread
         self.processes: list[tuple[str, int]] = []
-        self.place, self.turn, self.moves = "the start", 0, 0
+        self.place, self.patience, self.turn, self.moves = "the start", 0.0, 0, 0
         self.main_thread = threading.get_ident()
         self.leaving = threading.Event()  # the main thread is on its way out
         self.seen: dict[int, tuple[int, float]] = {}  # moves of each rank, and since when
@@ -67,10 +67,13 @@ class Heartbeat:
         self.processes = [(host, process) for host, process in processes]
         self.thread.start()
 
-    def at(self, place: str) -> None:
-        """Say where this rank is: all ranks the same in the same order; once more the same, to say that it moves on."""
+    def at(self, place: str, patience: float = 0.0) -> None:
+        """Say where this rank is: all ranks the same in the same order; once more the same, to say that it moves on.
+
+        The others wait for it there for at least `patience` seconds.
+        """
         if place != self.place:
-            self.place = place
+            self.place, self.patience = place, patience
             self.turn += 1
         self.moves += 1
 
@@ -169,8 +172,8 @@ class Heartbeat:
     def beat(self) -> None:
         """Publish where this rank is: what it said, and the line at which its main thread really is."""
         frame = sys._current_frames().get(self.main_thread)
-        beat = {"place": self.place, "turn": self.turn, "moves": self.moves, **whereabouts(frame)}
-        self.own_store.set(f"beat/{self.rank}", json.dumps(beat))
+        said = {"place": self.place, "patience": self.patience, "turn": self.turn, "moves": self.moves}
+        self.own_store.set(f"beat/{self.rank}", json.dumps(said | whereabouts(frame)))
 
     def look(self) -> None:
         """End this process where the run has failed or was stopped; make known what is seen here first."""
@@ -208,7 +211,8 @@ class Heartbeat:
         for rank in sleepers(beats, still, self.timeout):
             beat = beats[rank]
             what = f"has been at `{beat['place']}` ({beat['line']}) for {still[rank]:.0f} s; the others wait"
-            self.tell(self.own_store, rank, f"{what} no longer (parallel.timeout {self.timeout:g})")
+            limit = max(self.timeout, beat["patience"])
+            self.tell(self.own_store, rank, f"{what} no longer than {limit:g} s (parallel.timeout)")
 
     def beats(self, ranks: Sequence[int]) -> dict[int, dict[str, Any]]:
         """The last beat of each of these ranks."""
@@ -230,9 +234,9 @@ def sleepers(beats: Mapping[int, dict[str, Any]], still: Mapping[int, float], ti
     """
     order = {rank: (beat["turn"], beat["communicates"]) for rank, beat in beats.items() if "left" not in beat}
     last = min(order.values(), default=None)
-    behind = [rank for rank in order if order[rank] == last]
-    waiting = [rank for rank in order if order[rank] > last and still[rank] > timeout]
-    return [rank for rank in behind if still[rank] > timeout] if waiting else []
+    ahead = max((still[rank] for rank in order if order[rank] > last), default=0.0)
+    limits = {rank: max(timeout, beats[rank]["patience"]) for rank in order if order[rank] == last}
+    return [rank for rank, limit in limits.items() if still[rank] > limit and ahead > limit]
 
 
 def whereabouts(frame: FrameType | None) -> dict[str, Any]:

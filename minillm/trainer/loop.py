@@ -353,7 +353,7 @@ class Trainer:
         }
         keep_last = self.config.keep_last if keep_last is None else keep_last
         at, tensors = self.progress.step, self.tensors()
-        self.dist.at(f"step {at}: saving")
+        self.dist.at(f"step {at}: saving", checkpoint.PATIENCE)
         path = self.saver.save(self.run.checkpoints, at, tensors, state, keep_last, self.best_step)
         self.unsaved = False
         return path

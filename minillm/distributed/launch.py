@@ -1,0 +1,75 @@
+"""What holds only because many processes were started together: a directory that all see, a restart by torchrun."""
+
+import os
+import secrets
+import socket
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as torch_dist
+
+from minillm.distributed.context import Context
+
+APPEARS_WITHIN = 20.0  # seconds until a new file is seen on another machine: NFS looks again after 3 to 60 by default
+ANSWERS_WITHIN = 30.0  # seconds
+
+
+def check_shared(dist: Context, directory: Path, field: str) -> None:
+    """See that all ranks mean the same place by a directory. Raises ValueError naming the hosts that do not see it."""
+    if dist.world_size == 1:
+        return
+    if dist.is_main:
+        probe = directory / f".shared-{secrets.token_hex(8)}"
+        probe.touch()
+        dist.broadcast(probe.name)
+    else:
+        probe = directory / dist.broadcast(None)
+    try:
+        blind = sorted({host for host in dist.gather(None if appears(probe) else socket.gethostname()) if host})
+    finally:
+        if dist.is_main:
+            probe.unlink()
+    if blind:
+        raise ValueError(
+            f"{field}: {directory} is not shared: what rank 0 writes there on {dist.broadcast(socket.gethostname())} "
+            f"is not seen on {', '.join(blind)}; give a directory on a disk that all machines mount"
+        )
+
+
+def appears(path: Path) -> bool:
+    """Whether a file is there, now or soon."""
+    end = time.monotonic() + APPEARS_WITHIN
+    while not os.access(path, os.F_OK):
+        if time.monotonic() > end:
+            return False
+        with suppress(OSError):
+            os.listdir(path.parent)  # makes a client of NFS look again
+        time.sleep(0.2)
+    return True
+
+
+def began(directory: Path) -> bool:
+    """Whether the torchrun that started this process has begun a run in the directory before, and now restarts it."""
+    store = store_of_torchrun()
+    return store is not None and store.check([key_of(directory)])
+
+
+def note_begun(directory: Path) -> None:
+    """Remember for as long as torchrun lives that it has begun a run in the directory."""
+    store = store_of_torchrun()
+    if store is not None:
+        store.set(key_of(directory), "")
+
+
+def key_of(directory: Path) -> str:
+    return f"minillm/begun/{directory.resolve()}"
+
+
+def store_of_torchrun() -> torch_dist.Store | None:
+    """The store that torchrun's own process keeps, which outlives the processes it starts; None without torchrun."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return torch_dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=ANSWERS_WITHIN))
