@@ -72,7 +72,11 @@ class Ranks:
         self.start, self.seconds = time.monotonic(), [None] * len(processes)
 
     def signal(self, rank, number):
-        os.kill(self.processes[rank], number)
+        if not self.ended(rank):
+            os.kill(self.processes[rank], number)
+
+    def ended(self, rank):
+        return (self.output / f"{rank}.code").exists()
 
     def said(self, rank):
         """What a rank has printed so far."""

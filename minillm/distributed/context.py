@@ -22,7 +22,8 @@ import torch
 import torch.distributed as torch_dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from minillm.distributed.heartbeat import GRACE, Heartbeat, OtherRankError, leave_at_once
+from minillm.distributed.heartbeat import GRACE, LATER, Heartbeat, OtherRankError, leave_at_once
+from minillm.distributed.meeting import meet, store_of_torchrun
 from minillm.log import LOGGER
 from minillm.signals import exit_on_request
 
@@ -190,7 +191,7 @@ def connect(device: str = "auto", timeout: float = 600.0) -> Iterator[Context]:
         rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         try:
             place = find_local_device(device, local_rank)
-            start_process_group(backends_of(place), timeout)
+            start_process_group(backends_of(place), rank, world_size, timeout)
         except ValueError as error:
             error.add_note(f"rank {rank} ({socket.gethostname()})")  # it may be about this rank alone
             raise
@@ -208,16 +209,20 @@ def connect(device: str = "auto", timeout: float = 600.0) -> Iterator[Context]:
         end_process_group(at_most=timeout)
 
 
-def start_process_group(backends: str, timeout: float) -> None:
+def start_process_group(backends: str, rank: int, world_size: int, timeout: float) -> None:
     """Let the ranks find each other. Collectives give up a little later than the heartbeat, which knows the cause."""
+    limit = timedelta(seconds=timeout + LATER)
     try:
-        torch_dist.init_process_group(backends, timeout=timedelta(seconds=timeout + GRACE))
+        store = store_of_torchrun(timeout)
+        if store is None:
+            torch_dist.init_process_group(backends, timeout=limit)
+        else:
+            store = meet(store, rank, world_size, timeout)
+            torch_dist.init_process_group(backends, store=store, rank=rank, world_size=world_size, timeout=limit)
     except (RuntimeError, TimeoutError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         said = str(error).partition("\n")[0]
-        raise ValueError(
-            f"the {os.environ['WORLD_SIZE']} ranks did not all meet at {place} within {timeout:g} s: {said}"
-        ) from error
+        raise ValueError(f"the {world_size} ranks did not all meet at {place} within {timeout:g} s: {said}") from error
 
 
 def end_process_group(at_most: float) -> None:

@@ -32,7 +32,8 @@ from minillm.files import is_alive
 from minillm.log import LOGGER, TOLD, one_line
 
 PERIOD = 1.0  # seconds between two beats
-GRACE = 3.0  # seconds in which a process may come to its end by itself
+GRACE = 2.0  # seconds in which a process may come to its end by itself
+LATER = 5.0  # seconds by which collectives give up after the heartbeat, which knows the cause
 LAST_LINES = 12  # of a traceback, told under --debug
 LIBRARIES = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "purelib", "platlib"))
 COMMUNICATION = f"{os.sep}torch{os.sep}distributed{os.sep}"
@@ -97,7 +98,7 @@ class Heartbeat:
             self.leaving.set()
             if self.thread.is_alive():
                 self.thread.join(GRACE)
-            if isinstance(error, SystemExit) and not error.code:
+            if isinstance(error, SystemExit) and not error.code and not self.store.check(["failure"]):
                 self.store.set("stop", "")
             elif self.tell(self.store, self.rank, f"failed at `{self.place}`: {described(error)}"):
                 if self.rank:  # rank 0 speaks for all
@@ -105,7 +106,7 @@ class Heartbeat:
             else:
                 error.add_note(TOLD)
                 self.say(self.store)
-            self.go(GRACE)
+            self.go(GRACE + 2 * PERIOD)
         except STORE_IS_GONE:
             if follows:
                 error.add_note(TOLD)

@@ -5,12 +5,10 @@ import secrets
 import socket
 import time
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as torch_dist
-
 from minillm.distributed.context import Context
+from minillm.distributed.meeting import store_of_torchrun
 
 APPEARS_WITHIN = 20.0  # seconds until a new file is seen on another machine: NFS looks again after 3 to 60 by default
 ANSWERS_WITHIN = 30.0  # seconds
@@ -52,24 +50,16 @@ def appears(path: Path) -> bool:
 
 def began(directory: Path) -> bool:
     """Whether the torchrun that started this process has begun a run in the directory before, and now restarts it."""
-    store = store_of_torchrun()
+    store = store_of_torchrun(ANSWERS_WITHIN)
     return store is not None and store.check([key_of(directory)])
 
 
 def note_begun(directory: Path) -> None:
     """Remember for as long as torchrun lives that it has begun a run in the directory."""
-    store = store_of_torchrun()
+    store = store_of_torchrun(ANSWERS_WITHIN)
     if store is not None:
         store.set(key_of(directory), "")
 
 
 def key_of(directory: Path) -> str:
     return f"minillm/begun/{directory.resolve()}"
-
-
-def store_of_torchrun() -> torch_dist.Store | None:
-    """The store that torchrun's own process keeps, which outlives the processes it starts; None without torchrun."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
-        return None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return torch_dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=ANSWERS_WITHIN))

@@ -84,17 +84,15 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
 
 @contextmanager
 def kept_in(path: Path) -> Iterator[None]:
-    """While the block runs, the messages also go to a file, each with its time."""
+    """While the block runs, messages also go to a file, each with its time; after an error, until the program ends."""
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOGGER.addHandler(handler)
-    try:
-        yield
-    finally:
-        LOGGER.removeHandler(handler)
-        handler.close()
+    yield
+    LOGGER.removeHandler(handler)
+    handler.close()
 
 
 def is_told(error: BaseException) -> bool:

@@ -1,0 +1,317 @@
+"""Runs on several ranks that are stopped, killed, or break: nobody hangs, nothing is lost, the cause is named."""
+
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from forks import Forks
+
+import train
+from minillm import checkpoint
+from minillm.distributed import launch
+from minillm.log import read_metrics
+
+SMALL = """
+[run]
+dir = "runs/small"
+[tokenizer]
+kind = "byte"
+[data]
+path = "text.txt"
+val = 0.1
+seq_len = 32
+document = "line"
+[model]
+dim = 32
+n_layers = 2
+n_heads = 2
+ffn_dim = 64
+max_seq_len = 64
+dropout = 0.1
+[optim]
+lr = 1e-2
+[train]
+max_steps = 12
+batch_tokens = 256
+micro_batch_size = 2
+save_every = 5
+eval_every = 6
+[log]
+every = 1
+samples = 0
+curves = false
+"""
+RUN = Path("runs/small")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    with Forks(tmp_path_factory.mktemp("forks")) as forks:
+        yield forks
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A directory with a small corpus and a small config."""
+    monkeypatch.chdir(tmp_path)
+    words = random.Random(0).choices("the a cat dog sat ran on under mat hill and then it slept".split(), k=2500)
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(words[i : i + 12]) for i in range(0, 2500, 12)))
+    (tmp_path / "small.toml").write_text(SMALL)
+    return tmp_path
+
+
+def start(forks, *words, ranks=2, fault=None, **environment):
+    """Start train.py on some ranks; a fault is where, on which rank, at which call, and what happens there."""
+    words = [json.dumps(fault), "small.toml", *map(str, words)]
+    return forks.start(ranks, "test_faults:faulty", words, **environment)
+
+
+def faulty(words):
+    """train.py, but something happens to one rank in one place."""
+    fault, *argv = words
+    fault = json.loads(fault)
+    if fault and os.environ.get("RANK", "0") == str(fault["rank"]):
+        inject(**fault)
+    return train.main(argv)
+
+
+PLACES = {
+    "reading batches": (train.Loader, "batches"),
+    "evaluation": (train.NextToken, "__call__"),
+    "saving": (checkpoint.series, "write_pieces"),
+    "preparing the text": (train, "open_corpus"),
+}
+
+
+def inject(place, rank, call, what):
+    """Let the `call`-th call of what is done at a place begin with a signal, an error or a nap."""
+    owner, name = PLACES[place]
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def sabotaged(*args, **keywords):
+        training = place == "evaluation" and torch.is_grad_enabled()
+        if not training and next(calls) == call:
+            if what == "raise":
+                raise ValueError("the disk is on fire")
+            if what == "sleep":
+                time.sleep(600)
+            os.kill(os.getpid(), signal.Signals[what])
+            time.sleep(0.3)
+        return original(*args, **keywords)
+
+    setattr(owner, name, sabotaged)
+
+
+def fault_at(place, what, rank=1, call=1):
+    return {"place": place, "rank": rank, "call": call, "what": what}
+
+
+def newest(directory=RUN):
+    path = checkpoint.latest(directory / "checkpoints")
+    return checkpoint.read(path)[0]["progress"] if path else None
+
+
+@pytest.mark.parametrize(("place", "call", "step"), [("reading batches", 3, 3), ("evaluation", 2, 6), ("saving", 1, 6)])
+def test_sigterm_to_one_rank_saves_the_same_step_on_all(workplace, forks, place, call, step):
+    ranks = start(forks, fault=fault_at(place, "SIGTERM", call=call))
+    assert ranks.wait() == [0, 0], ranks.said(0) + ranks.said(1)
+    assert f"stopped by SIGTERM at step {step}" in ranks.said(0)
+    assert ranks.said(1) == "", "rank 0 alone speaks"
+    assert newest()["step"] == step
+
+
+def test_a_request_to_stop_while_rank_0_prepares_the_text_ends_all_with_exit_code_0(workplace, forks):
+    """Nothing is there to be saved; the same command begins again."""
+    ranks = start(forks, fault=fault_at("preparing the text", "sleep", rank=0))
+    while not RUN.exists():
+        time.sleep(0.02)
+    time.sleep(1)
+    ranks.signal(1, signal.SIGTERM)
+    assert ranks.wait() == [0, 0], ranks.said(0) + ranks.said(1)
+    assert newest() is None
+    assert start(forks).wait() == [0, 0]
+    assert newest()["step"] == 12
+
+
+@pytest.mark.parametrize(("place", "rank"), [("reading batches", 1), ("evaluation", 0), ("saving", 1)])
+def test_a_rank_that_raises_ends_all_and_is_named(workplace, forks, place, rank):
+    ranks = start(forks, fault=fault_at(place, "raise", rank, call=2), **{"--log.ranks": "true"})
+    assert ranks.wait() == [1, 1]
+    assert re.search(r"^error: .*the disk is on fire$", ranks.said(0), re.M), ranks.said(0)
+    assert "Traceback" not in ranks.said(0) + ranks.said(1)
+    if place != "saving":  # where all agree on what went wrong, and it does not matter who says it
+        assert re.search(rf"rank 1 \(\S+\).*`step 2: {place}`", ranks.said(0)) or rank == 0, ranks.said(0)
+        found = [abs(ranks.seconds[rank] - ranks.seconds[1 - rank])]
+        assert max(found) < 15
+
+
+def test_a_rank_that_sleeps_ends_all_within_the_timeout_and_is_named(workplace, forks):
+    words = ["--parallel.timeout", 5, "--log.ranks", "true"]
+    ranks = start(forks, *words, fault=fault_at("reading batches", "sleep", call=3))
+    assert ranks.wait() == [1, 1]
+    found = (
+        r"error: rank 1 \(\S+\) has been at `step 3: reading batches` \(test_faults\.py:\d+ in sabotaged\) for \d+ s"
+    )
+    assert re.search(found, ranks.said(0)), ranks.said(0)
+    assert "Traceback" not in ranks.said(0) + ranks.said(1)
+    for rank in range(2):
+        assert re.search(found.removeprefix("error: "), (RUN / f"logs/rank-{rank:04d}.log").read_text())
+
+
+def test_a_second_run_in_the_same_directory_is_refused_on_all_ranks_with_one_line(workplace, forks):
+    assert start(forks, "--train.max_steps", 2).wait() == [0, 0]
+    ranks = start(forks)
+    assert ranks.wait(60) == [1, 1]
+    assert re.fullmatch(r"(chosen.*\n)?error: run.dir: runs/small holds a run already; .*\n", ranks.said(0))
+    assert ranks.said(1) == ""
+
+
+def apart(words):
+    """train.py, but each rank in a directory of its own, as on machines that share no disk."""
+    launch.APPEARS_WITHIN = 1.0
+    rank = os.environ["RANK"]
+    os.mkdir(rank)
+    for name in ("small.toml", "text.txt"):
+        os.link(name, f"{rank}/{name}")
+    os.chdir(rank)
+    return train.main(words)
+
+
+def test_a_run_directory_that_is_not_shared_is_refused(workplace, forks):
+    ranks = forks.start(2, "test_faults:apart", ["small.toml"])
+    assert ranks.wait(60) == [1, 1]
+    assert re.search(
+        r"run\.dir: runs/small is not shared: what rank 0 writes there on \S+ is not seen on", ranks.said(0)
+    )
+    assert not Path("0/runs/small/config.json").exists()
+
+
+# --- restarts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torchrun():
+    """The environment that torchrun gives to the processes it starts for the n-th time; its store is here."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return lambda n: {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": n,
+        "MASTER_PORT": store.port,
+    }
+
+
+def test_torchrun_goes_on_with_what_it_began_and_with_nothing_else(workplace, forks, torchrun):
+    """A rank is killed between two saves; nothing is said of resuming."""
+    assert start(forks, "--run.dir", "runs/whole").wait() == [0, 0]
+    ranks = start(forks, fault=fault_at("reading batches", "SIGKILL", call=8), **torchrun(0))
+    assert ranks.wait() == [1, -9]
+    assert newest()["step"] == 5
+    ranks = start(forks, **torchrun(1))
+    assert ranks.wait() == [0, 0], ranks.said(0)
+    assert "resumed from" in ranks.said(0)
+    assert_same(RUN, Path("runs/whole"))
+    ranks = start(forks, "--run.dir", "runs/whole", **torchrun(2))
+    assert ranks.wait() == [1, 1]
+    assert "holds a run already" in ranks.said(0)
+
+
+def assert_same(one, other):
+    """Bitwise the same weights, moments and losses."""
+    hashes, rows = [], []
+    for directory in (one, other):
+        manifest = checkpoint.read(checkpoint.latest(directory / "checkpoints"))[1]
+        hashes.append({name: file["sha256"] for name, file in manifest["files"].items() if "safetensors" in name})
+        keys = ("step", "tokens", "loss", "grad_norm", "val_loss")
+        rows.append([{key: row.get(key) for key in keys} for row in read_metrics(directory / "metrics.jsonl")])
+    assert hashes[0] == hashes[1]
+    assert rows[0] == rows[1]
+
+
+def children(process):
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def test_torchrun_itself_restarts_the_ranks_of_which_one_was_killed(workplace):
+    """The real thing, once: a process is killed from outside, and one command ends with a finished run."""
+    if not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists():
+        pytest.skip("this system does not list the children of a process")
+    words = ["small.toml", "--train.max_steps", "40", "--train.save_every", "5"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1"]
+    with open("said", "w") as said:
+        process = subprocess.Popen([*command, str(ROOT / "train.py"), *words], stdout=said, stderr=said)
+    while process.poll() is None and (newest() or {"step": 0})["step"] < 5:
+        time.sleep(0.05)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    assert process.wait(240) == 0, Path("said").read_text()
+    assert re.search(r"rank [01] \(\S+\) died \(process \d+\), last seen at `step \d+: ", Path("said").read_text())
+    assert "resumed from" in Path("said").read_text()
+    assert [row["step"] for row in read_metrics(RUN / "metrics.jsonl")] == list(range(1, 41))
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+
+def kill_and_resume(forks, kills, seed):
+    """Kill all ranks or one at random moments, resume each time, and compare with a run that was left alone.
+
+    `kills` says of each whether all are killed. About half of them are counted from the start, of the others half
+    wait for a save. Returns how many fell inside one.
+    """
+    moments, every, inside, start_up = random.Random(seed), 2, 0, 1.0
+    end = ["--train.max_steps", 30, "--train.save_every", every, "--train.eval_every", 10]
+    assert start(forks, "--run.dir", "runs/whole", *end).wait() == [0, 0]
+    for kill_all in kills:
+        before = logged()
+        ranks, begin = start(forks, "--run.resume", "auto", *end), time.monotonic()
+        if moments.random() < 0.5:
+            time.sleep(moments.uniform(0, start_up))
+        else:
+            while logged() <= before and not ranks.ended(0):
+                time.sleep(0.005)
+            start_up = time.monotonic() - begin
+            time.sleep(moments.uniform(0, 0.2))
+            wait = moments.random() < 0.5
+            while wait and not list(RUN.glob("checkpoints/.step-*.tmp")) and not ranks.ended(0):
+                pass
+        victims = [0, 1] if kill_all else [moments.randrange(2)]
+        for rank in victims:
+            ranks.signal(rank, signal.SIGKILL)
+        inside += any(RUN.glob("checkpoints/.step-*.tmp"))
+        codes = ranks.wait(60)
+        if codes == [0, 0]:  # they were faster than the kill
+            end[1] += 10
+            assert start(forks, "--run.dir", "runs/whole", "--run.resume", "auto", *end).wait() == [0, 0]
+        else:
+            assert all(codes[rank] in (-9, 0) for rank in victims)
+            assert all(code in (-9, 0, 1) for code in codes), ranks.said(0) + ranks.said(1)
+        assert logged() - (newest() or {"step": 0})["step"] <= every, "at most one save interval is lost"
+    assert start(forks, "--run.resume", "auto", *end).wait() == [0, 0]
+    assert_same(RUN, Path("runs/whole"))
+    return inside
+
+
+def logged():
+    """The last step that has a row."""
+    rows = read_metrics(RUN / "metrics.jsonl")
+    return rows[-1]["step"] if rows else 0
+
+
+def test_killed_thrice_two_ranks_end_bitwise_like_those_left_alone(workplace, forks):
+    kill_and_resume(forks, [True, False, True], seed=1)
+
+
+@pytest.mark.soak
+def test_killed_fifty_times_two_ranks_end_bitwise_like_those_left_alone(workplace, forks):
+    kills = [True] * 30 + [False] * 20
+    random.Random(3).shuffle(kills)
+    assert kill_and_resume(forks, kills, seed=2) >= 5
