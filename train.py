@@ -166,7 +166,7 @@ def make_trainer(
     model_config = config.model.to_config(vocab_size=tokenizer.vocab_size)
     samples_per_step = train.batch_tokens // data.seq_len
     if train.precision == "auto":
-        train = dataclasses.replace(train, precision=best_precision(device))
+        train = dataclasses.replace(train, precision=dist.broadcast(best_precision(device)))  # measured, so not by each
     dp_size = max(1, dist.world_size // config.parallel.tp)
     rows = train.micro_batch_size or micro_batch_size(data.seq_len, -(-samples_per_step // dp_size), device)
     setting = Setting(
