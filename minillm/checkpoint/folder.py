@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillm.checkpoint.layout import Box, Layout, intersection, lay_out, own_pieces, tied_groups
+from minillm.checkpoint.layout import Box, Layout, held_here, intersection, lay_out, own_pieces, tied_groups
 from minillm.checkpoint.manifest import MANIFEST, STATE, file_of, make_manifest, pieces_of, read_manifest, spell
 from minillm.checkpoint.ranks import ALONE, on_every_rank, on_main
 from minillm.checkpoint.shard import (
@@ -43,7 +43,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], state: dict, step: int = 
 
     Every rank writes its own shards; rank 0 the rest, once those of all are on the disk.
     """
-    layout = lay_out(tensors, dist)
+    layout = lay_out(held_here(tensors), dist)
     write_pieces(folder, layout, own_pieces(layout, tensors, dist.rank), spell(state), step, dist)
 
 

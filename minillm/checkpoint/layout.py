@@ -40,11 +40,23 @@ class Layout(NamedTuple):
     pieces: dict[str, list[tuple[int, Box]]]  # the pieces of each, and the rank that writes it
 
 
-def lay_out(tensors: Mapping[str, Tensor], dist: Context) -> Layout:
-    """Deal out what the ranks hold. Raises ValueError where they do not hold parts of the same tensors."""
+class Held(NamedTuple):
+    """What this rank holds: dtype and global shape of each tensor, tied ones once, and its part of each."""
+
+    tensors: dict[str, tuple[Any, list[int]]]
+    parts: list[Box]
+
+
+def held_here(tensors: Mapping[str, Tensor]) -> Held:
+    """What is to be laid out."""
     firsts = {group[0]: tensors[group[0]] for group in tied_groups(tensors)}  # one memory is stored once
     described = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in firsts.items()}
-    parts = [Box(offset, tuple(part.shape)) for part, offset in map(local_part, firsts.values())]
+    return Held(described, [Box(offset, tuple(part.shape)) for part, offset in map(local_part, firsts.values())])
+
+
+def lay_out(held: Held, dist: Context) -> Layout:
+    """Deal out what the ranks hold. Raises ValueError where they do not hold parts of the same tensors."""
+    described, parts = held
     kinds = list(dict.fromkeys(parts))  # few: blocks are alike, and so are the parts that a rank has of them
     number = {kind: i for i, kind in enumerate(kinds)}
     digest = hashlib.sha256(json.dumps([(name, str(d), s) for name, (d, s) in described.items()]).encode()).hexdigest()
@@ -52,9 +64,9 @@ def lay_out(tensors: Mapping[str, Tensor], dist: Context) -> Layout:
     for rank, (other, *_) in enumerate(answers):
         if other != answers[0][0]:
             raise ValueError(f"rank {rank} has other tensors than rank 0; they cannot make up one checkpoint")
-    boxes = [[Box(tuple(offset), tuple(shape)) for offset, shape in kinds] for _, kinds, _ in answers]
-    held = [[its_boxes[i] for i in numbers] for its_boxes, (_, _, numbers) in zip(boxes, answers)]
-    return Layout(described, deal(described, held))
+    all_boxes = [[Box(tuple(offset), tuple(shape)) for offset, shape in kinds] for _, kinds, _ in answers]
+    all_parts = [[boxes[i] for i in numbers] for boxes, (_, _, numbers) in zip(all_boxes, answers)]
+    return Layout(described, deal(described, all_parts))
 
 
 def tied_groups(tensors: Mapping[str, Tensor]) -> list[list[str]]:
@@ -70,9 +82,9 @@ def tied_groups(tensors: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def deal(
-    described: Mapping[str, tuple[Any, Sequence[int]]], held: Sequence[Sequence[Box]]
+    described: Mapping[str, tuple[Any, Sequence[int]]], parts: Sequence[Sequence[Box]]
 ) -> dict[str, list[tuple[int, Box]]]:
-    """The pieces of each tensor with the rank that writes each, where held[r] is what rank r holds of every tensor."""
+    """The pieces of each tensor with the rank that writes each, where parts[r] is what rank r holds of every tensor."""
     pieces: dict[str, list[tuple[int, Box]]] = {name: [] for name in described}
     ropes: dict[tuple[int, ...], list[tuple[str, Box, int]]] = {}  # by the ranks that hold the same
     for i, (name, (dtype, shape)) in enumerate(described.items()):
@@ -80,7 +92,7 @@ def deal(
             pieces[name].append((0, Box((0,) * len(shape), tuple(shape))))
             continue
         holders: dict[Box, list[int]] = {}
-        for rank, boxes in enumerate(held):
+        for rank, boxes in enumerate(parts):
             holders.setdefault(boxes[i], []).append(rank)
         for box, ranks in holders.items():
             if math.prod(box.shape):

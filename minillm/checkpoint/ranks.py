@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from minillm.distributed.context import Context
+from minillm.distributed.heartbeat import OtherRankError
 from minillm.files import explained
 
 ALONE = Context(torch.device("cpu"))
@@ -32,7 +33,7 @@ def on_every_rank(dist: Context, work: Callable[[], Any], at: Path | None = None
     for rank, (problem, _) in enumerate(answers):
         if problem is not None:
             is_users, text = problem
-            raise (ValueError if is_users else RuntimeError)(f"rank {rank}: {text}")
+            raise (OtherRankError if is_users else RuntimeError)(f"rank {rank}: {text}")
     return [result for _, result in answers]
 
 

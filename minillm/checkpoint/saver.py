@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillm.checkpoint.layout import lay_out, own_pieces
+from minillm.checkpoint.layout import Held, Layout, held_here, lay_out, own_pieces
 from minillm.checkpoint.manifest import spell
 from minillm.checkpoint.ranks import on_every_rank, on_main
 from minillm.checkpoint.series import commit, folder_of
@@ -38,6 +38,8 @@ class Saver:
     def __init__(self, dist: Context, background: bool = False):
         self.training, self.dist = dist, beside_training(dist, PATIENCE)
         self.background = background
+        self.held: Held | None = None
+        self.layout: Layout | None = None
         self.staging: dict[str, Tensor] = {}
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
@@ -53,7 +55,7 @@ class Saver:
     ) -> Path:
         """Where the checkpoint is, or will be. Raises what went wrong with this one, or in the background before."""
         self.wait()
-        layout = lay_out(tensors, self.dist)
+        layout = self.layout_of(tensors)
         own = own_pieces(layout, tensors, self.dist.rank)
         spelled = on_main(self.dist, lambda: spell(state))
         if not self.background:
@@ -69,6 +71,13 @@ class Saver:
         self.thread = threading.Thread(target=write, name=f"save step {step}", daemon=True)
         self.thread.start()
         return folder_of(directory, step)
+
+    def layout_of(self, tensors: Mapping[str, Tensor]) -> Layout:
+        """Who writes what: worked out once, since the ranks go on holding what they hold."""
+        held = held_here(tensors)
+        if self.dist.any(held != self.held):
+            self.held, self.layout = held, lay_out(held, self.dist)
+        return self.layout
 
     def stage(self, own: Mapping[str, Tensor]) -> None:
         """Copy this rank's pieces into host memory, into that of the last save where it fits."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minillm.checkpoint.folder import verify, write_pieces
-from minillm.checkpoint.layout import Layout, lay_out, own_pieces
+from minillm.checkpoint.layout import Layout, held_here, lay_out, own_pieces
 from minillm.checkpoint.manifest import spell
 from minillm.checkpoint.ranks import ALONE, on_main
 from minillm.distributed.context import Context
@@ -43,7 +43,7 @@ def save(
     removed until the new one is on the disk. One run at a time may write to `directory` (the run's lock).
     Raises ValueError, leaving the earlier ones as they were, when the disk is full or the place read-only.
     """
-    layout = lay_out(tensors, dist)
+    layout = lay_out(held_here(tensors), dist)
     spelled = on_main(dist, lambda: spell(state))
     return commit(directory, step, layout, own_pieces(layout, tensors, dist.rank), spelled, keep_last, best_step, dist)
 
