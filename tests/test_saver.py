@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from minillm import checkpoint
 from minillm.checkpoint import ALONE, Saver, folder
-from minillm.distributed.context import connect
+from minillm.distributed.context import Context, connect
 from minillm.optim import optimizer_tensors
 from minillm.tensors import parameter_names
 
@@ -108,6 +108,17 @@ def test_a_program_that_fails_is_not_held_up_by_the_writer(tmp_path, gate, monke
     assert checkpoint.latest(tmp_path) is None
     gate.set()
     saver.wait()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_what_is_on_a_gpu_is_copied_to_pinned_memory(tmp_path):
+    tensors = {"w": torch.ones(N, device="cuda")}
+    with Saver(Context(torch.device("cuda")), background=True) as saver:
+        path = saver.save(tmp_path, 1, tensors, {"value": 1.0})
+        tensors["w"].fill_(2)
+        assert saver.staging["w"].is_pinned()
+    assert value_of(path) == 1
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------------
