@@ -200,6 +200,9 @@ def make_trainer(
         say_use(sources, loader.rows, steps * samples_per_step)
     else:
         data = dataclasses.replace(data, val=sources[0].prepared.info["settings"]["val"])
+    if dist.world_size > 1:  # a resumed run, also on other ranks, keeps what auto chose; its numbers follow from those
+        decided = {"strategy": parallel.strategy, "reshard_after_forward": parallel.reshard_after_forward}
+        config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **decided))
     config = dataclasses.replace(config, model=section, data=data, train=train, optim=optim, log=log)
 
     setting = dataclasses.replace(

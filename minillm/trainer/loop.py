@@ -126,11 +126,12 @@ class Trainer:
         unscale_(self.scaler, self.optimizer)
         each_norm = gradient_norms(self.parameters.values())
         grad_norm = clip_grad_norm_(self.parameters.values(), self.grad_clip, each_norm)
-        figures["loss"] = float(dist.sum(torch.stack(losses).cpu().double().sum())) / n
-        figures["grad_norm"] = float(grad_norm)
-        for name, pairs in totals.items():
-            pairs = torch.tensor([[float(number) for number in pair] for pair in pairs], dtype=torch.float64)
-            total, count = dist.sum(pairs.sum(0)).tolist()
+        sums = [torch.stack(losses).cpu().double().sum()]
+        for pairs in totals.values():
+            sums += torch.tensor([[float(number) for number in pair] for pair in pairs], dtype=torch.float64).sum(0)
+        loss_sum, *sums = dist.sum(torch.stack(sums)).tolist()
+        figures["loss"], figures["grad_norm"] = loss_sum / n, float(grad_norm)
+        for name, total, count in zip(totals, sums[::2], sums[1::2]):
             figures[name] = total / count if count else None
 
         finite = not dist.any(not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])))

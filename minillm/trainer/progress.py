@@ -29,10 +29,10 @@ class Progress:
     unevaluated: dict[str, Any] | None = None  # the row of a step whose evaluation a signal cut short
 
 
-def dropout_seed(seed: int, step: int, micro_batch: int, dp_rank: int) -> int:
+def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
     """A 63-bit seed that differs wherever one of the four does: each is folded in by a multiply-xor round."""
     mixed = 0
-    for value in (seed, step, micro_batch, dp_rank):
+    for value in (seed, step, micro_batch, rank):
         mixed = (mixed ^ value + 1) * 0x9E3779B97F4A7C15 % 2**64  # 2**64 / golden ratio (Knuth, TAOCP 3, 6.4)
         mixed ^= mixed >> 29
     return mixed >> 1
