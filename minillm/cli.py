@@ -29,7 +29,10 @@ from minillm.generate.engine import stream
 from minillm.generate.sampling import SamplingParams
 from minillm.load import export, load
 from minillm.log import read_metrics, run_command
+from minillm.recipe import read_layers
 from minillm.run import RunConfig, RunDirectory
+from minillm.simulate import Plan, simulate
+from minillm.simulate import report as simulation_report
 from minillm.tokenizer import TokenizerConfig, describe, load_tokenizer, train_tokenizer
 from minillm.tokenizer.eval import Text, measure, report
 
@@ -41,6 +44,7 @@ class Verb(NamedTuple):
     options: type
     words: Sequence[str]
     help: str
+    reads_config: bool = False  # whether it takes a config file, and a model preset, as the scripts do
 
 
 @dataclass(frozen=True)
@@ -267,6 +271,12 @@ def doctor(options: Doctor) -> None:
     print(json.dumps(found | {"advice": advice(found)}, indent=1) if options.json else doctor_report(found))
 
 
+def plan(options: Plan) -> None:
+    """Say what a run takes, and how to lay it out over GPUs."""
+    found = simulate(options)
+    print(json.dumps(found, indent=1) if options.json else simulation_report(found))
+
+
 VERBS = {
     "tokenizer train": Verb(tokenizer_train, TokenizerTrain, ["out"], "OUT --data.path TEXT: train a tokenizer"),
     "tokenizer info": Verb(tokenizer_info, TokenizerInfo, ["path"], "PATH: what a tokenizer is"),
@@ -279,6 +289,9 @@ VERBS = {
     "data inspect": Verb(data_inspect, DataInspect, ["path"], "RUN --step N: the documents and tokens of a step"),
     "generate": Verb(generate_text, Generate, ["path"], "RUN --prompt TEXT: continue a text"),
     "export": Verb(export_model, Export, ["path", "out"], "RUN OUT: the model as one file, with config and tokenizer"),
+    "plan": Verb(
+        plan, Plan, [], "[CONFIG.toml] --gpus N: memory, time and a layout of a run on N GPUs", reads_config=True
+    ),
     "doctor": Verb(doctor, Doctor, [], "what this machine has, how fast it is, what to set"),
 }
 
@@ -302,6 +315,9 @@ def dispatch(argv: Sequence[str]) -> int:
     rest = list(argv)[len(name.split()) :]
     if {"-h", "--help"} & set(rest):
         print(help_text(verb.options, f"usage: minillm {name} {verb.help}"))
+        return 0
+    if verb.reads_config:
+        verb.run(build(verb.options, read_layers(verb.options, rest)))
         return 0
     given, line = arguments(verb.options, rest)
     if len(given) > len(verb.words):

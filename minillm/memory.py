@@ -111,12 +111,14 @@ def estimate(config: ModelConfig, optim: OptimConfig, setting: Setting, layout: 
         # a block's gradients are sent when it is through, the root's last, from a buffer that a CPU fills from another
         done = gradients if setting.accumulates else FP32 * (held.blocks - held.block) // layout.dp_shard
         sent = 2 * root + table if setting.device_type == "cpu" else root + (1 if tied else 2) * table
+        sent += root // layout.dp_shard  # and what is received
         at_the_end = done + max(
             root + working + passing + block_sent + table, rows + root + (3 if tied else 2) * table, rows + sent
         )
     else:
         # the gradients of tied tables wait for each other, to be added up into a third; a bucket gets a copy
-        waiting = (2 if tied else 0) + bucketed
+        # of it, and two more are on the way where tensor parallelism has cut the table
+        waiting = (2 if tied else 0) + bucketed + (2 if layout.tp > 1 else 0)
         at_the_end = gradients + max(working + tied * bucketed * table, rows + waiting * table)
     return Memory(
         weights=weights,

@@ -39,14 +39,14 @@ def choose_strategy(
     fits = [i for i, peak in enumerate(peaks) if room is None or peak <= room]
     i = fits[0] if fits else min(range(len(peaks)), key=peaks.__getitem__)
     shape, reshard = found[i]
-    why = [f"{name(shape, reshard)} takes {peaks[i] / GIB:.2g} GiB a rank by estimate"]
+    why = [f"{layout_name(shape, reshard)} takes {peaks[i] / GIB:.2g} GiB a rank by estimate"]
     if room is None:
         why += ["the device does not say how much it has"]
     elif not fits:
         why += [f"which is the least, but more than the {room / GIB:.2g} that there are"]
     else:
         why += [f"of {room / GIB:.2g}"]
-    why += [f"{name(*found[j])} would take {peaks[j] / GIB:.2g}" for j in range(i) if peaks[j] > peaks[i]]
+    why += [f"{layout_name(*found[j])} would take {peaks[j] / GIB:.2g}" for j in range(i) if peaks[j] > peaks[i]]
     chosen = dataclasses.replace(
         parallel,
         strategy=shape.strategy,
@@ -83,7 +83,7 @@ def layouts(parallel: ParallelConfig, world_size: int, ranks_per_node: int) -> l
     return found
 
 
-def name(shape: Layout, reshard: bool) -> str:
+def layout_name(shape: Layout, reshard: bool) -> str:
     """A layout in words: hsdp 8 x 8, ZeRO-2."""
     if shape.strategy == "ddp":
         said = "ddp"

@@ -1,9 +1,12 @@
-"""The bytes of all tensors alive, and those at the peak of a real training step."""
+"""What memory a rank takes in truth: the tensors alive at the peak of a real step, and what it holds of any model."""
 
 import weakref
 
 import torch
+import torch.distributed as torch_dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -95,3 +98,34 @@ def measured_peak(config: ModelConfig, optim: OptimConfig, setting: Setting, lay
                 del loss
             optimizer.step()
     return live.peak
+
+
+def held_bytes(config: ModelConfig, optim: OptimConfig, layout: Layout) -> tuple[int, int, int]:
+    """(parameters, gradients, moments) in bytes on the first of any number of ranks, of a model of any size.
+
+    The ranks are those of a process group that sends nothing, and the tensors have shapes but no memory; what cuts the
+    model and runs it forward and backward is the real thing.
+    """
+    dp_size = layout.dp_replicate * layout.dp_shard
+    world_size = dp_size * layout.tp
+    torch_dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        dist = Context(torch.device("cpu"), 0, world_size, dp_rank=0, dp_size=dp_size)
+        dist = with_mesh(dist, layout.dp_replicate, layout.dp_shard, layout.tp)
+        with torch.device("meta"):
+            model = Transformer(config)
+        parallelize(model, dist=dist, layout=layout)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            model(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
+        named = parameter_names(model)
+        moments = optimizer_tensors(build_optimizer(model, optim), named)
+    finally:
+        torch_dist.destroy_process_group()
+
+    def local_bytes(tensors):
+        parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    gradients = [parameter.grad for parameter in named.values()]
+    return local_bytes(named.values()), local_bytes(gradients), local_bytes(moments.values())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from live import measured_peaks
+from live import held_bytes, measured_peaks
 from ranks import run_ranks
 
 from minillm.distributed.config import Layout
@@ -17,6 +17,7 @@ from minillm.distributed.context import free_memory
 from minillm.log import OutOfMemory, memory_explained
 from minillm.memory import Setting, alternatives, estimate, memory_advice, usable
 from minillm.model.config import ModelConfig
+from minillm.model.presets import preset
 from minillm.model.transformer import Transformer
 from minillm.optim import OptimConfig, build_optimizer, optimizer_tensors
 
@@ -68,21 +69,40 @@ LAYOUTS = {
         (WIDE, ONE_ROW | {"precision": "bf16"}),
         (WIDE, ONE_ROW | {"reshard_after_forward": False}),
         (WIDE, {"rows": 1, "seq_len": 64, "accumulates": True}),
+        (UNTIED, ONE_ROW),
     ],
     Layout("fsdp", 1, 4, 1): [({"n_layers": 12}, {"activation_checkpointing": "full"}), (UNTIED, ONE_ROW)],
     Layout("hsdp", 2, 2, 1): [(WIDE, ONE_ROW), (UNTIED, ONE_ROW | {"accumulates": True})],
+    Layout("ddp", 1, 1, 2): [({}, {}), (UNTIED, ONE_ROW), (WIDE, ONE_ROW | {"precision": "bf16"})],
+    Layout("fsdp", 1, 2, 2): [({}, {}), (WIDE, ONE_ROW)],
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.strategy)
+def layout_id(layout):
+    return f"{layout.strategy}-{layout.dp_replicate}-{layout.dp_shard}-{layout.tp}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 def test_the_estimate_of_a_rank_is_within_a_tenth_of_what_is_measured(layout):
     cases = [
         (ModelConfig(**{**SHAPE, **shape}), OptimConfig(lr=1e-3), Setting(**{"rows": 2, "seq_len": 256, **setting}))
         for shape, setting in LAYOUTS[layout]
     ]
-    ranks = run_ranks(layout.dp_replicate * layout.dp_shard, measured_peaks, cases, layout)
+    ranks = run_ranks(layout.dp_replicate * layout.dp_shard * layout.tp, measured_peaks, cases, layout)
     for case, *measured in zip(cases, *ranks):
         assert estimate(*case, layout).peak == pytest.approx(max(measured), rel=0.1), case
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("qwen2.5-0.5b", Layout("fsdp", 1, 24, 1)), ("llama3-70b", Layout("hsdp", 8, 64, 2))],  # 24 divides nothing there
+    ids=["uneven", "large"],
+)
+def test_what_a_rank_of_many_holds_is_known_to_the_byte(name, layout):
+    config, optim = preset(name, n_layers=1), OptimConfig(lr=1e-3)
+    found = estimate(config, optim, Setting(rows=1, seq_len=8), layout)
+    (held,) = run_ranks(1, held_bytes, config, optim, layout)  # in a process that may have a group of its own
+    assert (found.weights, found.gradients, found.moments) == held
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
