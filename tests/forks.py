@@ -37,9 +37,8 @@ class Forks:
         return self
 
     def __exit__(self, *_):
-        self.process.kill()
+        self.process.stdin.close()  # which it reads to the end
         self.process.wait()
-        self.process.stdin.close()
         self.process.stdout.close()
 
     def start(self, n, function, *args, **environment):

@@ -1,11 +1,16 @@
 """What ranks tell each other: numbers, decisions, JSON, and who goes first."""
 
+import io
+import os
+import re
 import time
+from contextlib import redirect_stderr
 
 import pytest
 import torch
 from ranks import run_ranks
 
+from minillm.distributed import context
 from minillm.distributed.context import Context, connect, with_mesh
 
 
@@ -59,6 +64,21 @@ def test_the_first_rank_may_take_its_time_and_its_failure_is_everybodys(tmp_path
         "no text",
         "rank 0 failed at prepare: ValueError: no text",
     ]
+
+
+def wait_on_another_machine():
+    os.environ["LOCAL_RANK"] = "0"
+    context.FIRST_REPORT, said = 0.3, io.StringIO()
+    with connect("cpu", timeout=20) as dist, redirect_stderr(said), dist.main_first("preparing the text"):
+        if dist.is_main:
+            time.sleep(2)
+    return re.findall(r"^\S+: waiting for rank 0 since \d+ s: preparing the text$", said.getvalue(), re.M)
+
+
+def test_another_machine_says_now_and_then_what_it_waits_for():
+    ours, theirs = run_ranks(2, wait_on_another_machine)
+    assert ours == []
+    assert 1 <= len(theirs) <= 3, "after 0.3, 0.6 and 1.2 seconds"
 
 
 def test_one_process_needs_no_process_group():

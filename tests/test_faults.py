@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Forks
+from torch.distributed.run import get_args_parser
 
 import train
 from minillm import checkpoint
@@ -130,17 +131,18 @@ def test_sigterm_to_one_rank_saves_the_same_step_on_all(workplace, forks, place,
     assert newest()["step"] == step
 
 
-def test_a_request_to_stop_while_rank_0_prepares_the_text_ends_all_with_exit_code_0(workplace, forks):
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_request_to_stop_while_rank_0_prepares_the_text_ends_all_with_exit_code_0(workplace, forks, n):
     """Nothing is there to be saved; the same command begins again."""
-    ranks = start(forks, fault=fault_at("preparing the text", "sleep", rank=0))
+    ranks = start(forks, ranks=n, fault=fault_at("preparing the text", "sleep", rank=0))
     while not RUN.exists():
         time.sleep(0.02)
     time.sleep(1)
-    ranks.signal(1, signal.SIGTERM)
-    assert ranks.wait() == [0, 0], ranks.said(0) + ranks.said(1)
+    ranks.signal(n - 1, signal.SIGTERM)
+    assert ranks.wait() == [0] * n, ranks.said(0)
     assert newest() is None
-    assert start(forks).wait() == [0, 0]
-    assert newest()["step"] == 12
+    assert start(forks, "--train.max_steps", 2, ranks=n).wait() == [0] * n
+    assert newest()["step"] == 2
 
 
 @pytest.mark.parametrize(("place", "rank"), [("reading batches", 1), ("evaluation", 0), ("saving", 1)])
@@ -173,6 +175,13 @@ def test_a_second_run_in_the_same_directory_is_refused_on_all_ranks_with_one_lin
     ranks = start(forks)
     assert ranks.wait(60) == [1, 1]
     assert re.fullmatch(r"(chosen.*\n)?error: run.dir: runs/small holds a run already; .*\n", ranks.said(0))
+    assert ranks.said(1) == ""
+
+
+def test_a_mistake_that_all_ranks_make_is_told_once(workplace, forks):
+    ranks = start(forks, "--train.max_step", 2)
+    assert ranks.wait(60) == [1, 1]
+    assert re.fullmatch(r"error: .*train\.max_step is not .*\n", ranks.said(0)), ranks.said(0)
     assert ranks.said(1) == ""
 
 
@@ -256,6 +265,16 @@ def test_torchrun_itself_restarts_the_ranks_of_which_one_was_killed(workplace):
     assert re.search(r"rank [01] \(\S+\) died \(process \d+\), last seen at `step \d+: ", Path("said").read_text())
     assert "resumed from" in Path("said").read_text()
     assert [row["step"] for row in read_metrics(RUN / "metrics.jsonl")] == list(range(1, 41))
+
+
+def test_the_files_that_launch_runs_are_understood_by_their_shell_and_by_torchrun():
+    known = {option for action in get_args_parser()._actions for option in action.option_strings}
+    files = sorted((ROOT / "configs" / "launch").iterdir())
+    assert [file.name for file in files] == ["multi-node.sh", "one-node.sh", "slurm.sbatch"]
+    for file in files:
+        subprocess.run(["bash", "-n", file], check=True)
+        command = re.search(r"torchrun (--.*?)train\.py", file.read_text().replace("\\\n", ""), re.S)[1]
+        assert set(re.findall(r"--[a-z_-]+", command)) <= known
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------
