@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import resource
+import signal
 import socket
 import sys
 import threading
@@ -25,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from minillm.distributed.heartbeat import GRACE, LATER, Heartbeat, OtherRankError, leave_at_once
 from minillm.distributed.meeting import meet, store_of_torchrun
 from minillm.log import LOGGER
-from minillm.signals import exit_on_request
+from minillm.signals import exit_on_request, handlers
 
 Number = TypeVar("Number", int, float, torch.Tensor)
 
@@ -202,8 +203,9 @@ def connect(device: str = "auto", timeout: float = 600.0) -> Iterator[Context]:
             heartbeat.start(dist.gather([socket.gethostname(), os.getpid()]))
             yield dist
         except BaseException as error:
-            heartbeat.fail(error)
-            end_process_group(at_most=GRACE)
+            with handlers(lambda *_: None, signal.SIGTERM, signal.SIGUSR1):  # it ends already
+                heartbeat.fail(error)
+                end_process_group(at_most=GRACE)
             raise
         heartbeat.leave()
         end_process_group(at_most=timeout)

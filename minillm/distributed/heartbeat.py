@@ -98,9 +98,12 @@ class Heartbeat:
             self.leaving.set()
             if self.thread.is_alive():
                 self.thread.join(GRACE)
-            if isinstance(error, SystemExit) and not error.code and not self.store.check(["failure"]):
+            asked = isinstance(error, SystemExit) and not error.code
+            if asked and not self.thread.is_alive():
+                self.look_for_dead()  # torchrun asks those to end of whom one has died
+            if asked and not self.store.check(["failure"]):
                 self.store.set("stop", "")
-            elif self.tell(self.store, self.rank, f"failed at `{self.place}`: {described(error)}"):
+            elif not asked and self.tell(self.store, self.rank, f"failed at `{self.place}`: {described(error)}"):
                 if self.rank:  # rank 0 speaks for all
                     error.add_note(f"{self.name(self.rank)} at `{self.place}`")
             else:

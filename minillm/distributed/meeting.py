@@ -29,15 +29,23 @@ def meet(store: torch_dist.Store, rank: int, world_size: int, timeout: float) ->
     Each rank says hello with a number of its own, which replaces that of an earlier start. Rank 0 answers whatever
     number it sees, with the name of its start; who is dead does not read that, and who lives says that it has.
     """
-    number = secrets.token_hex(8)
+    number, end = secrets.token_hex(8), time.monotonic() + timeout
     store.set(f"minillm/hello/{rank}", number)
     if rank:
-        store.wait([f"minillm/answer/{number}"], timedelta(seconds=timeout))
-        number = store.get(f"minillm/answer/{number}").decode()
+        number = answered(store, number, end)
         store.set(f"minillm/{number}/came/{rank}", "")
     else:
-        answer(store, number, range(1, world_size), time.monotonic() + timeout)
+        answer(store, number, range(1, world_size), end)
     return torch_dist.PrefixStore(f"minillm/{number}", store)
+
+
+def answered(store: torch_dist.Store, number: str, end: float) -> str:
+    """What rank 0 has answered to a number. (Asked for again and again: a store that waits hears no signal.)"""
+    while not store.check([f"minillm/answer/{number}"]):
+        if time.monotonic() > end:
+            raise TimeoutError("rank 0 did not come")
+        time.sleep(POLL_SECONDS)
+    return store.get(f"minillm/answer/{number}").decode()
 
 
 def answer(store: torch_dist.Store, name: str, others: range, end: float) -> None:
