@@ -123,10 +123,14 @@ def serve():
 
 
 def reap(waiting):
+    """Write down who has ended; the signal that calls it may come while it runs."""
     for process, output in list(waiting.items()):
-        found, status = os.waitpid(process, os.WNOHANG)
+        try:
+            found, status = os.waitpid(process, os.WNOHANG)
+        except ChildProcessError:
+            continue
         if found:
-            del waiting[process]
+            waiting.pop(process)
             temporary = Path(f"{output}.part")
             temporary.write_text(str(os.waitstatus_to_exitcode(status)))
             temporary.rename(f"{output}.code")

@@ -204,8 +204,10 @@ def connect(device: str = "auto", timeout: float = 600.0) -> Iterator[Context]:
             yield dist
         except BaseException as error:
             with handlers(lambda *_: None, signal.SIGTERM, signal.SIGUSR1):  # it ends already
-                heartbeat.fail(error)
-                end_process_group(at_most=GRACE)
+                try:
+                    heartbeat.fail(error)
+                finally:
+                    end_process_group(at_most=GRACE)
             raise
         heartbeat.leave()
         end_process_group(at_most=timeout)

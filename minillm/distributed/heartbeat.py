@@ -89,7 +89,8 @@ class Heartbeat:
     def fail(self, error: BaseException) -> None:
         """This rank leaves because of an error, or of a request to stop, which the others are told.
 
-        An error that only follows from what happened on another rank is marked, so that it is not printed too.
+        An error that only follows from what happened on another rank is marked, so that it is not printed too. Raises
+        SystemExit, with code 0, in place of one that follows from a request to stop.
         """
         follows = follows_from_another(error)
         try:
@@ -98,6 +99,10 @@ class Heartbeat:
             self.leaving.set()
             if self.thread.is_alive():
                 self.thread.join(GRACE)
+            if follows and self.store.check(["stop"]):
+                LOGGER.info("stopped, as another rank was")
+                self.go(GRACE + 2 * PERIOD)
+                raise SystemExit(0)
             asked = isinstance(error, SystemExit) and not error.code
             if asked and not self.thread.is_alive():
                 self.look_for_dead()  # torchrun asks those to end of whom one has died
@@ -116,9 +121,9 @@ class Heartbeat:
                 self.say_that_store_is_gone()
 
     def wait_for_cause(self) -> None:
-        """Leave the rank that failed first the time to say so."""
+        """Leave the rank that failed first, or was asked to stop, the time to say so."""
         end = time.monotonic() + GRACE + 2 * PERIOD
-        while not self.store.check(["failure"]) and time.monotonic() < end:
+        while not any(self.store.check([key]) for key in ("failure", "stop")) and time.monotonic() < end:
             time.sleep(PERIOD / 10)
 
     def go(self, seconds: float) -> None:
