@@ -4,11 +4,11 @@ python train.py                                        the embedded corpus: minu
 python train.py --data.path my.txt                     your text; a configuration that fits its size is chosen
 python train.py configs/shakespeare-char.toml --data.path tinyshakespeare.txt
 python train.py --run.dir runs/mine --run.resume auto  continue where it stopped
+torchrun --nproc_per_node 8 train.py ...               the same on eight GPUs, or as many processes
 python train.py configs/continue.toml --model.path runs/mine --data.path new.txt   new text, from those weights
 """
 
 import dataclasses
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from minillm.config import build, help_text, lookup, to_dict
 from minillm.data.batch import Batch
@@ -26,35 +27,24 @@ from minillm.data.corpus import identity, open_corpus
 from minillm.data.loader import Loader, eval_batches
 from minillm.data.mixture import Source, held_out, say_use
 from minillm.data.prompts import prompts_of
-from minillm.distributed.config import Layout, ParallelConfig, layout
+from minillm.distributed.config import ParallelConfig
 from minillm.distributed.context import Context, best_precision, connect, free_memory, peak_flops, with_mesh
 from minillm.distributed.parallelize import parallelize
 from minillm.distributed.tensor_parallel import tensor_parallel_problems
 from minillm.eval.perplexity import evaluate, mixture, token_byte_lengths
-from minillm.generate.engine import stream
-from minillm.generate.sampling import SamplingParams
 from minillm.load import load_weights
-from minillm.log import (
-    LOGGER,
-    LogConfig,
-    Tracker,
-    curve,
-    kept_in,
-    make_trackers,
-    memory_explained,
-    read_metrics,
-    run_command,
-)
-from minillm.memory import Setting, memory_advice, usable
-from minillm.model.config import ModelConfig, ModelSection
+from minillm.log import LOGGER, LogConfig, Tracker, kept_in, make_trackers, memory_explained, run_command
+from minillm.memory import Setting, memory_advice
+from minillm.model.config import ModelSection
 from minillm.model.init import init_weights
 from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
 from minillm.optim import OptimConfig, build_optimizer, lr_at, unmatched_patterns, warmup_steps
 from minillm.plan import count_parameters, flops_per_token, micro_batch_size
 from minillm.recipe import earlier, earlier_run, fitting, read_layers, run_of_all, source_layer, starting_point
+from minillm.report import show_figures, show_samples
 from minillm.run import RunConfig, RunDirectory
-from minillm.strategy import choose_strategy
+from minillm.strategy import resolve
 from minillm.tensors import is_sharded, unwrapped
 from minillm.tokenizer import Tokenizer, TokenizerConfig
 from minillm.trainer import DTYPES, TrainConfig, Trainer, completed, total_steps
@@ -90,9 +80,7 @@ class Config:
         if not self.model.causal:
             problems.append("model.causal: false lets a token see the one that it is trained to predict; leave it true")
         if self.parallel.tp > 1:
-            rows = (
-                self.model.vocab_size or self.model.vocab_multiple
-            )  # before there is a tokenizer: the rows it pads to
+            rows = self.model.vocab_size or self.model.vocab_multiple  # there is no tokenizer yet
             problems += tensor_parallel_problems(self.model.to_config(vocab_size=rows), self.parallel.tp, seq_len)
         if self.optim.lr_scales:  # looked at here, and not when hours of tokenising are over
             with torch.device("meta"):
@@ -177,7 +165,7 @@ def make_trainer(
         accumulates=samples_per_step > rows * dp_size,
         device_type=device.type,
     )
-    parallel, shape = resolved(config, model_config, setting, dist)
+    parallel, shape = resolve(config.parallel, model_config, config.optim, setting, dist)
     dist = with_mesh(dist, shape.dp_replicate, shape.dp_shard, shape.tp)
     loader = Loader(
         sources,
@@ -200,10 +188,8 @@ def make_trainer(
         say_use(sources, loader.rows, steps * samples_per_step)
     else:
         data = dataclasses.replace(data, val=sources[0].prepared.info["settings"]["val"])
-    if dist.world_size > 1:  # a resumed run, also on other ranks, keeps what auto chose; its numbers follow from those
-        decided = {"strategy": parallel.strategy, "reshard_after_forward": parallel.reshard_after_forward}
-        config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **decided))
-    config = dataclasses.replace(config, model=section, data=data, train=train, optim=optim, log=log)
+    sections = {"model": section, "data": data, "train": train, "optim": optim, "log": log, "parallel": parallel}
+    config = dataclasses.replace(config, **sections)
 
     setting = dataclasses.replace(
         setting,
@@ -223,7 +209,7 @@ def make_trainer(
             layout=shape,
             dtype=DTYPES[train.precision],
             reshard_after_forward=parallel.reshard_after_forward,
-            compress=config.parallel.compress,
+            compress=parallel.compress,
             init=partial(init_weights, seed=config.run.seed),
         )
         optimizer = build_optimizer(model, optim)
@@ -265,28 +251,10 @@ def make_trainer(
         config_dict=to_dict(config),
         trackers=trackers,
         norms_every=log.norms_every,
-        documents=partial(texts_of_step, loader),
+        documents=loader.texts,
         memory_advice=advice,
     )
     return trainer, config
-
-
-def resolved(
-    config: Config, model_config: ModelConfig, setting: Setting, dist: Context
-) -> tuple[ParallelConfig, Layout]:
-    """The `parallel` section with auto decided, by the least memory that a rank has, and the layout that it makes."""
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))
-    free = free_memory(dist.device)
-    if free is not None and dist.device.type == "cpu":
-        free //= ranks_per_node  # they share it
-    known = not dist.any(free is None)
-    room = -dist.max(-usable(free, dist.device.type)) if known else None
-    parallel, why = choose_strategy(
-        model_config, config.optim, setting, config.parallel, dist.world_size, ranks_per_node, room
-    )
-    if config.parallel.strategy == "auto" and dist.world_size > 1:
-        LOGGER.info("parallel.strategy auto: %s", why)
-    return parallel, layout(parallel, dist.world_size, parallel.strategy, ranks_per_node)
 
 
 def start_from(path: str, trainer: Trainer) -> None:
@@ -297,12 +265,6 @@ def start_from(path: str, trainer: Trainer) -> None:
         with trainer.autocast():
             said = f": val loss {trainer.evaluate(lambda: None)['val_loss']:.4f} before the first step"
     LOGGER.info("weights from %s%s", folder, said)
-
-
-def texts_of_step(loader: Loader, cursor: int) -> list[str]:
-    """What each piece of a step was read from: file:line and tokens."""
-    pieces = (excerpt for sample in loader.documents(cursor) for excerpt in sample.excerpts)
-    return [f"{piece.source} tokens {piece.start}-{piece.stop - 1}" for piece in pieces]
 
 
 def make_evaluation(
@@ -340,7 +302,7 @@ def make_evaluation(
 
 
 def report(
-    config: Config, run: RunDirectory, model: Transformer, tokenizer: Tokenizer, sources: list[Source], summary: dict
+    config: Config, run: RunDirectory, model: nn.Module, tokenizer: Tokenizer, sources: list[Source], summary: dict
 ) -> None:
     """Samples, the loss curve, the figures, and what to do next."""
     if not summary["finished"]:
@@ -352,23 +314,8 @@ def report(
     if not any(map(is_sharded, model.parameters())):  # of a model in parts all ranks would have to generate
         print(f"\nsamples: a beginning {'that was held out' if unseen else 'of the text'} ▸ what the model adds")
         show_samples(model, tokenizer, prompts[: config.log.samples], config.run.seed)
-    print(f"\n{curve(read_metrics(run.metrics))}\n")
-    val = ""
-    if summary.get("val_loss") is not None:
-        val = f", val loss {summary['val_loss']:.4f} ({summary['val_bpb']:.3f} bits per byte)"
-    print(
-        f"{run.path}: {summary['tokens']:,} tokens in {summary['hours'] * 60:.1f} minutes, "
-        f"{summary['mean_tokens_per_second']:,.0f} tokens/s, {summary['peak_memory_bytes'] / 2**30:.1f} GiB{val}"
-    )
-    for name in (source.name for source in unseen):
-        if summary.get(f"val_loss/{name}") is not None:
-            print(
-                f"  source {name}: val loss {summary[f'val_loss/{name}']:.4f} "
-                f"({summary[f'val_bpb/{name}']:.3f} bits per byte)"
-            )
-    if config.train.patience is not None and summary["best_step"] not in (None, summary["step"]):
-        best = f"val loss {summary['best_val_loss']:.4f} at step {summary['best_step']}"
-        print(f"  best: {best}; minillm.load({str(run.path)!r}, step={summary['best_step']}) reads its weights")
+    names = [source.name for source in unseen]
+    show_figures(run, summary, names, best=config.train.patience is not None)
     words = " ".join(tokenizer.decode(prompts[0][1]).split())
     print(
         f"\nnext:  minillm generate {run.path} --prompt {shlex.quote(words)} --temperature 0.8\n"
@@ -376,19 +323,6 @@ def report(
         "       python train.py --data.path my.txt --run.dir runs/mine\n"
         "       python train.py --help"
     )
-
-
-def show_samples(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[tuple[str, list[int]]], seed: int) -> None:
-    """What the model makes of some beginnings, as it makes it."""
-    model.eval()
-    for name, prompt in prompts:
-        label = f"{name}: " if name else ""
-        print(f"\n  {label}{tokenizer.decode(prompt)} ▸ ", end="", flush=True)
-        new_tokens = min(160, model.config.max_seq_len - len(prompt))
-        params = SamplingParams(max_new_tokens=new_tokens, temperature=0.7, top_p=0.95, seed=seed)
-        for piece in stream(model, tokenizer, prompt, params):
-            print(piece, end="", flush=True)
-        print()
 
 
 if __name__ == "__main__":

@@ -6,11 +6,40 @@ that keeps the weights between forward and backward (ZeRO-2) gathers them once a
 """
 
 import dataclasses
+import logging
+import os
 
 from minillm.distributed.config import Layout, ParallelConfig, layout
-from minillm.memory import GIB, Setting, estimate
+from minillm.distributed.context import Context, free_memory
+from minillm.memory import GIB, Setting, estimate, usable
 from minillm.model.config import ModelConfig
 from minillm.optim import OptimConfig
+
+logger = logging.getLogger("minillm")
+
+
+def resolve(
+    parallel: ParallelConfig, config: ModelConfig, optim: OptimConfig, setting: Setting, dist: Context
+) -> tuple[ParallelConfig, Layout]:
+    """The section with auto decided, by the least memory that a rank has, and the layout that it makes.
+
+    The section can be kept: a run that goes on from it, also on other ranks, has the same strategy, and the numbers of
+    ranks, where they are left open, follow from how many there are.
+    """
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))
+    free = free_memory(dist.device)
+    if free is not None and dist.device.type == "cpu":
+        free //= ranks_per_node  # they share it
+    known = not dist.any(free is None)
+    room = -dist.max(-usable(free, dist.device.type)) if known else None
+    chosen, why = choose_strategy(config, optim, setting, parallel, dist.world_size, ranks_per_node, room)
+    shape = layout(chosen, dist.world_size, chosen.strategy, ranks_per_node)
+    if dist.world_size == 1:
+        return parallel, shape
+    if parallel.strategy == "auto":
+        logger.info("parallel.strategy auto: %s", why)
+    kept = {"strategy": chosen.strategy, "reshard_after_forward": chosen.reshard_after_forward}
+    return dataclasses.replace(parallel, **kept), shape
 
 
 def choose_strategy(

@@ -11,7 +11,7 @@ LAYERS = [
     ["data", "distributed", "lora"],
     ["objectives", "checkpoint", "doctor", "hf", "generate", "plan"],
     ["load", "eval", "memory"],
-    ["recipe", "strategy", "trainer"],
+    ["recipe", "report", "strategy", "trainer"],
     ["simulate"],
     ["cli"],
 ]

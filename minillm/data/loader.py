@@ -121,6 +121,11 @@ class Loader:
             for k, (source, epoch, row) in enumerate(self.samples(cursor), cursor)
         ]
 
+    def texts(self, cursor: int) -> list[str]:
+        """Where each piece of a step over all ranks was read: file:line and tokens."""
+        pieces = (piece for sample in self.documents(cursor) for piece in sample.excerpts)
+        return [f"{piece.source} tokens {piece.start}-{piece.stop - 1}" for piece in pieces]
+
     def close(self) -> None:
         """End the prefetching thread; `batches` goes on working without it."""
         if self.pool is not None:

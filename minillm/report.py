@@ -1,0 +1,43 @@
+"""What a script shows at the end of a run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from minillm.generate.engine import stream
+from minillm.generate.sampling import SamplingParams
+from minillm.log import curve, read_metrics
+from minillm.model.transformer import Transformer
+from minillm.run import RunDirectory
+from minillm.tokenizer import Tokenizer
+
+
+def show_samples(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[tuple[str, list[int]]], seed: int) -> None:
+    """What the model makes of some beginnings, each with the name of its source, as it makes it."""
+    model.eval()
+    for name, prompt in prompts:
+        label = f"{name}: " if name else ""
+        print(f"\n  {label}{tokenizer.decode(prompt)} ▸ ", end="", flush=True)
+        new_tokens = min(160, model.config.max_seq_len - len(prompt))
+        params = SamplingParams(max_new_tokens=new_tokens, temperature=0.7, top_p=0.95, seed=seed)
+        for piece in stream(model, tokenizer, prompt, params):
+            print(piece, end="", flush=True)
+        print()
+
+
+def show_figures(run: RunDirectory, summary: dict[str, Any], sources: Sequence[str], best: bool = False) -> None:
+    """The loss curve and the figures of the summary: of the whole, of each source, and of the best step if asked."""
+    print(f"\n{curve(read_metrics(run.metrics))}\n")
+    val = ""
+    if summary.get("val_loss") is not None:
+        val = f", val loss {summary['val_loss']:.4f} ({summary['val_bpb']:.3f} bits per byte)"
+    print(
+        f"{run.path}: {summary['tokens']:,} tokens in {summary['hours'] * 60:.1f} minutes, "
+        f"{summary['mean_tokens_per_second']:,.0f} tokens/s, {summary['peak_memory_bytes'] / 2**30:.1f} GiB{val}"
+    )
+    for name in sources:
+        if summary.get(f"val_loss/{name}") is not None:
+            loss, bpb = summary[f"val_loss/{name}"], summary[f"val_bpb/{name}"]
+            print(f"  source {name}: val loss {loss:.4f} ({bpb:.3f} bits per byte)")
+    if best and summary["best_step"] not in (None, summary["step"]):
+        words = f"val loss {summary['best_val_loss']:.4f} at step {summary['best_step']}"
+        print(f"  best: {words}; minillm.load({str(run.path)!r}, step={summary['best_step']}) reads its weights")
