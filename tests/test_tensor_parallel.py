@@ -1,11 +1,15 @@
 """Ranks that share each layer compute what one process does, and none of them more than its part."""
 
 import re
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 from ranks import run_ranks
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm.distributed.config import Layout
@@ -94,7 +98,7 @@ def compare_models():
     found = []
     torch.set_default_dtype(torch.float64)
     try:
-        with connect("cpu", timeout=60) as dist:
+        with connect("cpu", timeout=300) as dist:
             for options in MODELS:
                 model, reference = shared_model(dist, **options), Transformer(ModelConfig(**SHAPE | options))
                 assert all(is_sharded(parameter) for parameter in model.parameters())
@@ -102,6 +106,9 @@ def compare_models():
                 found.append(difference(model, reference))
             for block in model.blocks:
                 block.compile(backend="aot_eager")
+            found.append(difference(model, reference))
+            for i, block in enumerate(model.blocks):  # as parallelize does it
+                model.blocks[i] = checkpoint_wrapper(block)
             found.append(difference(model, reference))
     finally:
         torch.set_default_dtype(torch.float32)
@@ -111,23 +118,39 @@ def compare_models():
 def test_two_ranks_compute_what_one_process_does():
     """In float64, because the gradient of some biases is nothing but rounding."""
     for found in run_ranks(2, compare_models):
-        assert found == [pytest.approx(0, abs=1e-10)] * (len(MODELS) + 1)
+        assert found == [pytest.approx(0, abs=1e-10)] * (len(MODELS) + 2)
 
 
-class Largest(TorchDispatchMode):
-    """Notes how large the largest tensor is that is made meanwhile."""
+class Watch(TorchDispatchMode):
+    """Notes how large the largest tensor is that a rank makes meanwhile, and the collectives that bring it others'."""
 
-    numel = 0
+    def __init__(self):
+        super().__init__()
+        self.numel, self.collectives = 0, Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # what it does with its parts comes by here too
         made = function(*args, **kwargs or {})
-        self.numel = max([self.numel, *(one.numel() for one in [made] if type(one) is torch.Tensor)])
+        self.numel = max(self.numel, made.numel() if type(made) is torch.Tensor else 0)
+        if function.namespace == "_c10d_functional" and "wait" not in function.name():
+            self.collectives[function.name().split("::")[1]] += 1
         return made
+
+
+def sent_by(dist, n_layers):
+    """The collectives of forward and backward under bf16, and the dtype of what q_proj reads."""
+    model, dtypes = shared_model(dist, n_layers=n_layers), set()
+    model.blocks[0].attn.q_proj.register_forward_pre_hook(lambda module, args: dtypes.add(args[0].dtype))
+    tokens, targets, _ = packed_batch()
+    with Watch() as watch, torch.autocast("cpu", torch.bfloat16):
+        model(tokens, head=partial(chunked_cross_entropy, targets=targets, vocab_size=V)).backward()
+    return watch.collectives, dtypes
 
 
 def what_ranks_refuse_and_share():
     facts = {}
-    with connect("cpu", timeout=60) as dist:
+    with connect("cpu", timeout=300) as dist:
         model = shared_model(dist, dropout=0.5)
         tokens, targets, _ = packed_batch()
         odd = Transformer(ModelConfig(**SHAPE | {"n_kv_heads": 1}))
@@ -149,9 +172,10 @@ def what_ranks_refuse_and_share():
         large = shared_model(dist, vocab_size=1000, n_layers=1)
         hidden = torch.randn(3, T, 32, requires_grad=True)
         for name, head in (("loss of a rank", chunked_cross_entropy), ("logprobs of a rank", token_logprobs)):
-            with Largest() as largest:
+            with Watch() as watch:
                 head(large.lm_head, hidden, targets, 1000).sum().backward()
-            facts[name] = largest.numel
+            facts[name] = watch.numel
+        facts["sent"] = sent_by(dist, 1), sent_by(dist, 2)
     return facts
 
 
@@ -161,12 +185,18 @@ def test_what_ranks_cannot_share_is_refused_and_what_they_share_is_the_same():
     assert facts["eval"] == 0
     for name in ("loss of a rank", "logprobs of a rank"):
         assert facts[name] == 500 * 32, "no rank makes more than its rows of logits (27, 500) and of the weight"
+    (one, dtypes), (two, _) = facts["sent"]
+    assert two - one == {"all_gather_into_tensor": 4, "reduce_scatter_tensor": 4, "all_reduce": 2}, "a block's"
+    assert dtypes == {torch.bfloat16}, "what is gathered is in the dtype of the products that read it"
 
 
 def step_of(layout, options):
     """Gradients, their norm, and the weights after a step of AdamW, of two micro-batches."""
-    with connect("cpu", timeout=60) as dist:
+    with connect("cpu", timeout=300) as dist:
         dist = with_mesh(dist, layout.dp_replicate, layout.dp_shard, layout.tp)
+        if layout.tp > 1:
+            with pytest.raises(ValueError, match="selective cannot be compiled"):
+                parallelize(nn.Module(), "selective", compile=True, dist=dist, layout=layout)
         with torch.device("meta"):
             model = Transformer(ModelConfig(**SHAPE | {"n_kv_heads": 2, "qk_norm": True, "o_bias": True}))
         called = parallelize(model, dist=dist, layout=layout, init=init_weights, **options)

@@ -55,8 +55,13 @@ def parallelize(
     Parameter names stay as they are, seen through `minillm.tensors.parameter_names`.
     """
     if layout.tp > 1:
+        if compile and activation_checkpointing == "selective":
+            raise ValueError(
+                "train.activation_checkpointing: selective cannot be compiled under parallel.tp; choose full or none, "
+                "or train.compile false"
+            )
         apply_tensor_parallel(model, dist.mesh["tp"])
-    checkpoint_and_compile(model, activation_checkpointing, compile)
+    checkpoint_and_compile(model, activation_checkpointing, compile, shared=layout.tp > 1)
     # DDP takes no DTensors; FSDP2 over shards of one rank averages their gradients in its stead
     fsdp = layout.dp_replicate * layout.dp_shard > 1 and (layout.strategy != "ddp" or layout.tp > 1)
     if fsdp:
@@ -69,16 +74,18 @@ def parallelize(
     return model
 
 
-def checkpoint_and_compile(model: nn.Module, activation_checkpointing: str, compile: bool) -> None:
-    """Wrap and compile block by block."""
+def checkpoint_and_compile(model: nn.Module, activation_checkpointing: str, compile: bool, shared: bool) -> None:
+    """Wrap and compile block by block; `shared`: by tensor-parallel ranks."""
     if activation_checkpointing != "none":
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
     for index, block in enumerate(model.blocks):
         if activation_checkpointing == "selective":
             block.attn = checkpoint_wrapper(block.attn)
-        elif activation_checkpointing == "full":
+        if compile and shared:  # torch 2.13 cannot compile a checkpoint around DTensors, but one can be put around that
+            block.compile()
+        if activation_checkpointing == "full":
             block = model.blocks[index] = checkpoint_wrapper(block)
-        if compile:
+        if compile and not shared:
             block.compile()
 
 

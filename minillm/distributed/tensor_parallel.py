@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from minillm.losses import matmul_dtype
 from minillm.model.config import ModelConfig
 from minillm.tensors import is_sharded
 
@@ -111,7 +112,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     Every parameter becomes a DTensor on that mesh, and the model is called as before, with the same batch on each rank,
     whose length the ranks divide. Raises ValueError for a model that they cannot share.
     """
-    from torch.distributed.tensor.parallel import parallelize_module
+    from torch.distributed.tensor.parallel import PrepareModuleInput, parallelize_module
 
     if problems := tensor_parallel_problems(model.config, mesh.size()):
         raise ValueError("\n".join(problems))
@@ -119,6 +120,8 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     for name, module in list(model.named_modules()):
         for style in table.get(re.sub(r"\d+", "*", name), []):
             if not isinstance(module, nn.Identity):  # in the place of a norm that the model does not have
+                if isinstance(style, PrepareModuleInput):
+                    module.register_forward_pre_hook(in_matmul_dtype)  # before it is gathered
                 parallelize_module(module, mesh, style)
     model.tie_embeddings()  # each of the two was cut by itself
     for module in (model.embed, getattr(model, "pos_embed", None)):
@@ -126,6 +129,12 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
             module.register_forward_hook(wait)
     model.register_forward_pre_hook(check_input, with_kwargs=True)
     model.register_forward_pre_hook(reduce_gradients)
+
+
+def in_matmul_dtype(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What only matrix products will read is sent in their dtype: under autocast half the bytes."""
+    x, *rest = args
+    return x.to(matmul_dtype(x)), *rest
 
 
 def wait(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
