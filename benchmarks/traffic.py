@@ -93,8 +93,8 @@ def expected(setting: Setting, P: int, R: int, dim: int) -> float:
     averaged = 2 * gradient * P / shards * (copies - 1) / copies  # an all-reduce of what a rank holds
     gathers = 2 if setting.reshard_after_forward else 1
     gathered = 4 * R + gathers * number * (P - R)
-    # of a block: two gathers and two sums forward and backward, those of a norm's side in fp32; and at the two ends
-    streams = ROWS * T * dim * (LAYERS * (4 * 4 + 4 * number) + 20)
+    # of a block: two gathers and two sums, forward and backward, in the dtype of the products; and at the two ends
+    streams = ROWS * T * dim * (LAYERS * 8 * number + 20)
     sharded = (gradient * P + gathered) * (shards - 1) / shards
     return averaged + setting.m * (sharded + streams * (tp - 1) / tp)
 

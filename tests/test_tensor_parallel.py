@@ -133,8 +133,8 @@ class Watch(TorchDispatchMode):
             return NotImplemented  # what it does with its parts comes by here too
         made = function(*args, **kwargs or {})
         self.numel = max(self.numel, made.numel() if type(made) is torch.Tensor else 0)
-        if function.namespace == "_c10d_functional" and "wait" not in function.name():
-            self.collectives[function.name().split("::")[1]] += 1
+        if function.namespace == "_c10d_functional" and "wait" not in (name := function.name()) and "wrap" not in name:
+            self.collectives[name.removeprefix("_c10d_functional::")] += 1
         return made
 
 
