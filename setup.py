@@ -8,7 +8,7 @@ EXTRAS = {
     "plot": ["matplotlib"],
     "bench": ["transformers", "datasketch"],
 }
-EXTRAS["test"] = sorted({"pytest", "ruff", "transformers", "datasketch"}.union(*EXTRAS.values()))
+EXTRAS["test"] = sorted({"pytest", "pytest-xdist", "ruff", "transformers", "datasketch"}.union(*EXTRAS.values()))
 
 setup(
     name="minillm",
