@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minillm.config import build, help_text, lookup, to_dict
+from minillm.config import build, flatten, help_text, lookup, to_dict
 from minillm.data.batch import Batch
 from minillm.data.config import DataConfig
 from minillm.data.corpus import identity, open_corpus
@@ -29,10 +29,11 @@ from minillm.data.mixture import Source, held_out, say_use
 from minillm.data.prompts import prompts_of
 from minillm.distributed.config import ParallelConfig
 from minillm.distributed.context import Context, best_precision, connect, free_memory, peak_flops, with_mesh
+from minillm.distributed.launch import check_same
 from minillm.distributed.parallelize import parallelize
 from minillm.distributed.tensor_parallel import tensor_parallel_problems
 from minillm.eval.perplexity import evaluate, mixture, token_byte_lengths
-from minillm.load import load_weights
+from minillm.load import find_checkpoint, load_weights
 from minillm.log import LOGGER, LogConfig, Tracker, kept_in, make_trackers, memory_explained, run_command
 from minillm.memory import Setting, memory_advice
 from minillm.model.config import ModelSection
@@ -44,7 +45,7 @@ from minillm.plan import count_parameters, flops_per_token, micro_batch_size
 from minillm.recipe import earlier, earlier_run, fitting, read_layers, run_of_all, source_layer, starting_point
 from minillm.report import show_figures, show_samples
 from minillm.run import RunConfig, RunDirectory
-from minillm.strategy import resolve
+from minillm.strategy import layouts, ranks_here, resolve
 from minillm.tensors import is_sharded, unwrapped
 from minillm.tokenizer import Tokenizer, TokenizerConfig
 from minillm.trainer import DTYPES, TrainConfig, Trainer, completed, total_steps
@@ -105,12 +106,14 @@ def main(argv: Sequence[str]) -> int:
         LOGGER.info("chosen for the corpus: %s", ", ".join(said) or "nothing, all is given")
     with (
         connect(config.run.device, config.parallel.timeout) as dist,
-        run_of_all(config.run, dist) as run,
+        run_of_all(config.run, dist, flatten(to_dict(config))) as run,
         kept_in(run.rank_log(dist.rank)) if config.log.ranks else nullcontext(),
     ):
+        layouts(config.parallel, dist.world_size, ranks_here(dist))  # wrong ones are refused before hours of work
         start = starting_point(config.run, run, dist)
         with dist.main_first("preparing the text"):
             tokenizer, sources = open_corpus(config.data, config.tokenizer)
+        check_same(dist, {"tokenizer": tokenizer.hash, **identity(sources)})
         dist.at("building the model")
         trainer, config = make_trainer(config, tokenizer, sources, run, dist, trackers)
         if start:
@@ -119,7 +122,8 @@ def main(argv: Sequence[str]) -> int:
             LOGGER.info("resumed from %s", start)
         elif config.model.path:
             start_from(config.model.path, trainer)
-        if trainer.over() and not trainer.progress.unevaluated and run.finished_at(trainer.progress.step):
+        over = trainer.over() and not trainer.progress.unevaluated
+        if dist.broadcast(over and run.finished_at(trainer.progress.step)):
             LOGGER.info("%s: the run is finished at step %d; there is nothing to do", run.path, trainer.progress.step)
             return 0
         if dist.is_main:
@@ -259,11 +263,12 @@ def make_trainer(
 
 def start_from(path: str, trainer: Trainer) -> None:
     """Give the model the weights of an earlier one, and say how well it does on this text before the first step."""
-    folder = load_weights(path, trainer.model)
-    said = ""
+    dist, said = trainer.dist, ""
+    folder = Path(dist.broadcast(str(find_checkpoint(Path(path)))))  # a run that goes on there may save a newer one now
+    load_weights(folder, trainer.model)
     if trainer.evaluate:
         with trainer.autocast():
-            said = f": val loss {trainer.evaluate(lambda: None)['val_loss']:.4f} before the first step"
+            said = f": val loss {trainer.evaluate(trainer.raise_if_stopped)['val_loss']:.4f} before the first step"
     LOGGER.info("weights from %s%s", folder, said)
 
 

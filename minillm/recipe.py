@@ -4,7 +4,7 @@ what suits the text.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from minillm import checkpoint
 from minillm.config import ConfigError, Layer, arguments, build, convert, fields_of, file_layer, lookup, nearest
 from minillm.data.corpus import corpus_bytes
 from minillm.distributed.context import Context
-from minillm.distributed.launch import began, check_shared, note_begun
+from minillm.distributed.launch import began, check_same, check_shared, note_begun
 from minillm.load import describe, find_checkpoint, tokenizer_home
 from minillm.model.config import ModelConfig, ModelSection
 from minillm.model.presets import PRESETS, preset_fields
@@ -143,11 +143,13 @@ def earlier(home: Path, given: list[Layer]) -> list[Layer]:
 
 
 @contextmanager
-def run_of_all(config: RunConfig, dist: Context) -> Iterator[RunDirectory]:
+def run_of_all(config: RunConfig, dist: Context, values: Mapping[str, Any]) -> Iterator[RunDirectory]:
     """The run's directory, which rank 0 holds for all of them while the block runs; errors as those of `open_run`.
 
-    Raises ValueError also where another machine does not see it.
+    `values`: of the whole configuration, by dotted name. Raises ValueError also where a rank has read others, and where
+    another machine does not see the directory.
     """
+    check_same(dist, values)
     with ExitStack() as stack:
         with dist.main_first("opening the run"):
             run = stack.enter_context(open_run(config)) if dist.is_main else RunDirectory(config.dir)

@@ -205,6 +205,49 @@ def test_a_run_directory_that_is_not_shared_is_refused(workplace, forks):
     assert not Path("0/runs/small/config.json").exists()
 
 
+def differing(words):
+    """train.py, but rank 1 finds a file with other content: its config, or the text."""
+    what, place = words
+    argv = ["small.toml", "--run.dir", str(Path("runs/small").resolve())]
+    if os.environ["RANK"] == "1":
+        os.mkdir("elsewhere")
+        for name in ("small.toml", "text.txt"):
+            old, new = place.split(" -> ") if name == what else ("", "")
+            Path("elsewhere", name).write_text(Path(name).read_text().replace(old, new))
+        os.chdir("elsewhere")
+    return train.main(argv)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("small.toml", "lr = 1e-2 -> lr = 2e-2", r"optim\.lr: 0\.01 on rank 0 \(\S+\), but 0\.02 on rank 1 \(\S+\)"),
+        ("text.txt", "cat -> cow", r"data_hash: \S+ on rank 0 \(\S+\), but \S+ on rank 1 \(\S+\)"),
+    ],
+)
+def test_ranks_that_read_different_files_are_told_what_differs(workplace, forks, file, change, said):
+    ranks = forks.start(2, "test_faults:differing", [file, change])
+    assert ranks.wait(60) == [1, 1]
+    assert re.search(rf"^error: {said}; give all machines the same files$", ranks.said(0), re.M), ranks.said(0)
+    assert ranks.said(1) == ""
+    assert not (RUN / "config.json").exists()
+
+
+def test_numbers_that_make_no_layout_are_refused_before_the_text_is_prepared(workplace, forks):
+    ranks = start(forks, "--parallel.dp_shard", 3, fault=fault_at("preparing the text", "raise", rank=0))
+    assert ranks.wait(60) == [1, 1]
+    assert "dp_replicate 1 x dp_shard 3 x tp 1 are 3 ranks, but 2 were started" in ranks.said(0)
+
+
+def test_in_an_evaluation_before_the_first_step_ranks_say_that_they_move_on(workplace, forks):
+    """Or a long one would be taken for sleep."""
+    assert start(forks, "--train.max_steps", 1, ranks=1).wait() == [0]
+    words = ["--model.path", RUN, "--run.dir", "runs/new", "--train.max_steps", 1]
+    ranks = start(forks, *words, fault=fault_at("evaluation", "raise", call=2))
+    assert ranks.wait() == [1, 1]
+    assert re.search(r"rank 1 \(\S+\).*`step 0: evaluation`: the disk is on fire", ranks.said(0)), ranks.said(0)
+
+
 # --- restarts ---------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as torch_dist
 from forks import Forks
 
+from minillm.distributed import heartbeat
 from minillm.distributed.context import connect
 from minillm.distributed.heartbeat import OtherRankError, follows_from_another, is_running, sleepers, whereabouts
 
@@ -124,6 +125,22 @@ def test_a_rank_waits_at_the_store_for_rank_0_no_longer_than_it_lives(forks):
     ranks.signal(0, signal.SIGKILL)  # and the store with it
     assert ranks.wait(30) == [-9, 1]
     assert re.search(r"^error: rank 1 \(\S+\): torchrun is gone|^error: rank 0 \(\S+\) died", ranks.said(1), re.M)
+
+
+def elsewhere(words):
+    """Two ranks on machines of one name: the number of rank 1's process means nothing on that of rank 0."""
+    if os.environ["RANK"] == "1":
+        heartbeat.machine = lambda: "another"
+        heartbeat.os.getpid = lambda: 2**22 + 1  # above any that Linux gives
+    with connect("cpu", 30) as dist:
+        time.sleep(3)
+        dist.barrier()
+    return 0
+
+
+def test_a_process_of_another_machine_is_not_looked_for_here_though_both_have_one_name(forks):
+    ranks = forks.start(2, "test_heartbeat:elsewhere", [])
+    assert ranks.wait(60) == [0, 0], ranks.said(0)
 
 
 # --- who is behind ----------------------------------------------------------------------------------------------------

@@ -121,6 +121,7 @@ def test_what_the_layout_leaves_open_is_filled_in(given, strategy, ranks, found)
         ({"dp_shard": 2}, "ddp", "parallel.dp_shard: 2 with strategy ddp"),
         ({"dp_replicate": 2}, "fsdp", "parallel.dp_replicate: 2 with strategy fsdp"),
         ({"dp_replicate": 3}, "hsdp", "dp_replicate 3 x dp_shard 2 x tp 1 are 6 ranks, but 8 were started"),
+        ({"dp_shard": 16}, "hsdp", "dp_replicate 1 x dp_shard 16 x tp 1 are 16 ranks, but 8 were started"),
         ({"dp_shard": 4}, "fsdp", "dp_replicate 1 x dp_shard 4 x tp 1 are 4 ranks, but 8 were started"),
     ],
 )

@@ -51,14 +51,14 @@ def layout(config: ParallelConfig, world_size: int, strategy: Strategy, ranks_pe
         fixed = {}
         if replicate is None and shard is None:
             shard = max(1, min(dp_size, ranks_per_node // tp))
-        replicate = replicate or dp_size // shard
-        shard = shard or dp_size // replicate
+        replicate = replicate or max(1, dp_size // shard)
+        shard = shard or max(1, dp_size // replicate)
     for name, given in fixed.items():
         if given not in (None, 1):
             raise ValueError(f"parallel.{name}: {given} with strategy {strategy}; both together are strategy hsdp")
     if replicate * shard * tp != world_size:
         raise ValueError(
             f"parallel: dp_replicate {replicate} x dp_shard {shard} x tp {tp} are {replicate * shard * tp} ranks, "
-            f"but {world_size} were started"
+            f"but {world_size} were started; dp_replicate and dp_shard none follow from them"
         )
     return Layout(strategy, replicate, shard, tp)

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as torch_dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from minillm.distributed.heartbeat import GRACE, LATER, Heartbeat, OtherRankError, leave_at_once
+from minillm.distributed.heartbeat import GRACE, LATER, Heartbeat, OtherRankError, leave_at_once, this_process
 from minillm.distributed.meeting import meet, store_of_torchrun
 from minillm.log import LOGGER
 from minillm.signals import exit_on_request, handlers
@@ -200,7 +200,7 @@ def connect(device: str = "auto", timeout: float = 600.0) -> Iterator[Context]:
         heartbeat = Heartbeat(store, rank, timeout)
         dist = Context(place, rank, world_size, local_rank, dp_rank=rank, dp_size=world_size, heartbeat=heartbeat)
         try:
-            heartbeat.start(dist.gather([socket.gethostname(), os.getpid()]))
+            heartbeat.start(dist.gather(this_process()))
             yield dist
         except BaseException as error:
             with handlers(lambda *_: None, signal.SIGTERM, signal.SIGUSR1):  # it ends already

@@ -24,7 +24,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as torch_dist
 
@@ -40,6 +40,14 @@ COMMUNICATION = f"{os.sep}torch{os.sep}distributed{os.sep}"
 STORE_IS_GONE = RuntimeError  # what every operation of a store raises then, DistError being one
 
 
+class Process(NamedTuple):
+    """Where a rank runs."""
+
+    host: str
+    machine: str  # on which its number means this process
+    number: int
+
+
 class OtherRankError(ValueError):
     """Raised on a rank because of what happened on another, which tells of it itself."""
 
@@ -53,7 +61,7 @@ class Heartbeat:
     def __init__(self, store: torch_dist.Store, rank: int, timeout: float):
         self.rank, self.timeout = rank, timeout
         self.store, self.own_store = connection(store, timeout), connection(store, timeout)  # one for each thread
-        self.processes: list[tuple[str, int]] = []
+        self.processes: list[Process] = []
         self.place, self.patience, self.turn, self.moves = "the start", 0.0, 0, 0
         self.main_thread = threading.get_ident()
         self.leaving = threading.Event()  # the main thread is on its way out
@@ -63,9 +71,9 @@ class Heartbeat:
 
     # --- the main thread ----------------------------------------------------------------------------------------------
 
-    def start(self, processes: Sequence[tuple[str, int]]) -> None:
-        """Begin to watch, given the host and process id of each rank; all ranks have been made before."""
-        self.processes = [(host, process) for host, process in processes]
+    def start(self, processes: Sequence[Sequence[Any]]) -> None:
+        """Begin to watch, given `this_process()` of each rank; all ranks have been made before."""
+        self.processes = [Process(*process) for process in processes]
         self.thread.start()
 
     def at(self, place: str, patience: float = 0.0) -> None:
@@ -141,7 +149,7 @@ class Heartbeat:
     # --- both threads, each with its own connection to the store ------------------------------------------------------
 
     def name(self, rank: int) -> str:
-        host = self.processes[rank][0] if self.processes else socket.gethostname()
+        host = self.processes[rank].host if self.processes else socket.gethostname()
         return f"rank {rank} ({host})"
 
     def tell(self, store: torch_dist.Store, rank: int, what: str) -> bool:
@@ -162,8 +170,8 @@ class Heartbeat:
 
     def ranks_here(self) -> list[int]:
         """The ranks of this machine."""
-        host = self.processes[self.rank][0]
-        return [rank for rank, (other, _) in enumerate(self.processes) if other == host]
+        here = self.processes[self.rank].machine
+        return [rank for rank, process in enumerate(self.processes) if process.machine == here]
 
     # --- the heartbeat's thread ---------------------------------------------------------------------------------------
 
@@ -202,7 +210,7 @@ class Heartbeat:
     def look_for_dead(self) -> None:
         """Tell of a process of this machine that is gone without having said why."""
         for rank in self.ranks_here():
-            process = self.processes[rank][1]
+            process = self.processes[rank].number
             if not is_running(process):
                 beat = self.beats([rank])[rank]
                 if "left" not in beat:
@@ -271,6 +279,22 @@ def described(error: BaseException) -> str:
         lines = "".join(traceback.format_tb(error.__traceback__)).splitlines()
         said = "\n".join([said, *lines[-LAST_LINES:]])
     return said
+
+
+def this_process() -> Process:
+    """The process that asks."""
+    return Process(socket.gethostname(), machine(), os.getpid())
+
+
+def machine() -> str:
+    """What processes that know each other by number have in common: a machine since it was started, or a container.
+
+    Names do not tell: machines made from one image may all have the same, and so may containers on one of them.
+    """
+    with suppress(OSError):
+        started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{started} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
 
 
 def is_running(process: int) -> bool:

@@ -1,11 +1,13 @@
-"""What holds only because many processes were started together: a directory that all see, a restart by torchrun."""
+"""What holds only because many processes were started together: the same files for all, a restart by torchrun."""
 
 import os
 import secrets
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from minillm.distributed.context import Context
 from minillm.distributed.meeting import store_of_torchrun
@@ -34,6 +36,23 @@ def check_shared(dist: Context, directory: Path, field: str) -> None:
             f"{field}: {directory} is not shared: what rank 0 writes there on {dist.broadcast(socket.gethostname())} "
             f"is not seen on {', '.join(blind)}; give a directory on a disk that all machines mount"
         )
+
+
+def check_same(dist: Context, values: Mapping[str, Any]) -> None:
+    """See that all ranks have read the same. Raises ValueError naming the first value that one of them has otherwise.
+
+    They may not: each machine may have a file of its own under a name, and what differs ends in collectives that do not
+    fit together.
+    """
+    found = dist.gather([socket.gethostname(), dict(values)])
+    host, ours = found[0]
+    for rank, (other, theirs) in enumerate(found):
+        for name in ours | theirs:
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{name}: {ours.get(name)} on rank 0 ({host}), but {theirs.get(name)} on rank {rank} ({other}); "
+                    "give all machines the same files"
+                )
 
 
 def appears(path: Path) -> bool:
