@@ -11,7 +11,11 @@ import torch
 from ranks import run_ranks
 
 from minillm.distributed import context
-from minillm.distributed.context import Context, connect, with_mesh
+from minillm.distributed.context import AXES, Context, connect, with_mesh
+
+
+def seconds_of(group):
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
 
 def told():
@@ -28,6 +32,7 @@ def told():
             "gather": dist.gather({"ж" * dist.rank: dist.rank}),
             "broadcast": dist.broadcast(["from", dist.rank]),
             "big": dist.sum(2**53 + dist.rank),
+            "timeouts": {seconds_of(group) for group in (mesh.dp_group, *map(mesh.mesh.get_group, AXES))},
         }
 
 
@@ -42,6 +47,7 @@ def test_ranks_agree_on_numbers_and_json():
         assert one["gather"] == [{"ж" * other: other} for other in range(4)]
         assert one["broadcast"] == ["from", 0]
         assert one["big"] == 2**55 + 6, "whole numbers are exact"
+        assert one["timeouts"] == {25.0}, "of every group, and a little after the heartbeat"
 
 
 def prepare_once(path, fails):
