@@ -277,6 +277,20 @@ def test_torchrun_goes_on_with_what_it_began_and_with_nothing_else(workplace, fo
     assert "holds a run already" in ranks.said(0)
 
 
+def test_a_restart_is_known_on_a_machine_that_mounts_the_disk_elsewhere(tmp_path, monkeypatch, torchrun):
+    for name, value in torchrun(0).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert not launch.began(RUN)
+    launch.note_begun(RUN)
+    monkeypatch.chdir(tmp_path / "there")
+    assert launch.began(RUN)
+    assert not launch.began(Path("runs/other"))
+
+
 def assert_same(one, other):
     """Bitwise the same weights, moments and losses."""
     hashes, rows = [], []

@@ -81,4 +81,5 @@ def note_begun(directory: Path) -> None:
 
 
 def key_of(directory: Path) -> str:
-    return f"minillm/begun/{directory.resolve()}"
+    """By the words that all ranks were given: where a shared disk is mounted may differ from machine to machine."""
+    return f"minillm/begun/{directory}"
