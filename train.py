@@ -109,9 +109,9 @@ def main(argv: Sequence[str]) -> int:
         run_of_all(config.run, dist, flatten(to_dict(config))) as run,
         kept_in(run.rank_log(dist.rank)) if config.log.ranks else nullcontext(),
     ):
-        layouts(config.parallel, dist.world_size, ranks_here(dist))  # wrong ones are refused before hours of work
         start = starting_point(config.run, run, dist)
         with dist.main_first("preparing the text"):
+            layouts(config.parallel, dist.world_size, ranks_here(dist))  # refused before hours of work
             tokenizer, sources = open_corpus(config.data, config.tokenizer)
         check_same(dist, {"tokenizer": tokenizer.hash, **identity(sources)})
         dist.at("building the model")

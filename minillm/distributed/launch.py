@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.distributed.context import Context
+from minillm.distributed.heartbeat import OtherRankError
 from minillm.distributed.meeting import store_of_torchrun
 
 APPEARS_WITHIN = 20.0  # seconds until a new file is seen on another machine: NFS looks again after 3 to 60 by default
@@ -49,7 +50,8 @@ def check_same(dist: Context, values: Mapping[str, Any]) -> None:
     for rank, (other, theirs) in enumerate(found):
         for name in ours | theirs:
             if ours.get(name) != theirs.get(name):
-                raise ValueError(
+                kind = ValueError if dist.is_main else OtherRankError  # rank 0 says it for all
+                raise kind(
                     f"{name}: {ours.get(name)} on rank 0 ({host}), but {theirs.get(name)} on rank {rank} ({other}); "
                     "give all machines the same files"
                 )
