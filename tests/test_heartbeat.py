@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 import torch.distributed as torch_dist
 from forks import Forks
 
-from minillm.distributed import heartbeat
+from minillm.distributed import context, heartbeat
 from minillm.distributed.context import connect
 from minillm.distributed.heartbeat import OtherRankError, follows_from_another, is_running, sleepers, whereabouts
 
@@ -130,10 +131,10 @@ def test_a_rank_waits_at_the_store_for_rank_0_no_longer_than_it_lives(forks):
 def elsewhere(words):
     """Two ranks on machines of one name: the number of rank 1's process means nothing on that of rank 0."""
     if os.environ["RANK"] == "1":
-        heartbeat.machine = lambda: "another"
-        heartbeat.os.getpid = lambda: 2**22 + 1  # above any that Linux gives
+        context.this_process = lambda: heartbeat.Process(socket.gethostname(), "another", 2**22 + 1)  # Linux gives none
+        heartbeat.is_running = lambda number: number == 2**22 + 1
     with connect("cpu", 30) as dist:
-        time.sleep(3)
+        time.sleep(2 * heartbeat.PERIOD + heartbeat.GRACE + 1)  # to be missed, and to be ended
         dist.barrier()
     return 0
 
