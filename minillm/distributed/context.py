@@ -268,7 +268,8 @@ def with_mesh(dist: Context, dp_replicate: int, dp_shard: int, tp: int) -> Conte
         return dist
     mesh = init_device_mesh(dist.device.type, (dp_replicate, dp_shard, tp), mesh_dim_names=AXES)
     dp_group = mesh["dp_replicate", "dp_shard"]._flatten("dp").get_group()
-    for group in (dp_group, *map(mesh.get_group, AXES)):  # they do not take over the timeout of the group of all
+    groups = (dp_group, *map(mesh.get_group, AXES)) if dist.heartbeat else ()  # none: ranks that are only thought of
+    for group in groups:  # they do not take over the timeout of the group of all
         torch_dist.distributed_c10d._set_pg_timeout(timedelta(seconds=dist.heartbeat.timeout + LATER), group)
     dp_rank, tp_rank = divmod(dist.rank, tp)
     sizes = {"dp_rank": dp_rank, "dp_size": dp_replicate * dp_shard, "tp_rank": tp_rank, "tp_size": tp}
