@@ -92,7 +92,7 @@ class Heartbeat:
         self.thread.join()
         with suppress(STORE_IS_GONE):
             self.store.set(f"beat/{self.rank}", json.dumps({"left": True}))
-            self.go(self.timeout)
+            self.go(self.store, self.timeout)
 
     def fail(self, error: BaseException) -> None:
         """This rank leaves because of an error, or of a request to stop, which the others are told.
@@ -109,7 +109,7 @@ class Heartbeat:
                 self.thread.join(GRACE)
             if follows and self.store.check(["stop"]):
                 LOGGER.info("stopped, as another rank was")
-                self.go(GRACE + 2 * PERIOD)
+                self.go(self.store, GRACE + 2 * PERIOD)
                 raise SystemExit(0)
             asked = isinstance(error, SystemExit) and not error.code
             if asked and not self.thread.is_alive():
@@ -122,7 +122,7 @@ class Heartbeat:
             else:
                 error.add_note(TOLD)
                 self.say(self.store)
-            self.go(GRACE + 2 * PERIOD)
+            self.go(self.store, GRACE + 2 * PERIOD)
         except STORE_IS_GONE:
             if follows:
                 error.add_note(TOLD)
@@ -134,19 +134,19 @@ class Heartbeat:
         while not any(self.store.check([key]) for key in ("failure", "stop")) and time.monotonic() < end:
             time.sleep(PERIOD / 10)
 
-    def go(self, seconds: float) -> None:
+    # --- both threads, each with its own connection to the store ------------------------------------------------------
+
+    def go(self, store: torch_dist.Store, seconds: float) -> None:
         """Count this rank as gone; the process that keeps the store waits that long for the others to go too."""
-        gone = self.store.add("gone", 1)
+        gone = store.add("gone", 1)
         end = time.monotonic() + seconds
         while self.keeps_store() and gone < len(self.processes) and time.monotonic() < end:
             time.sleep(PERIOD / 50)
-            gone = self.store.add("gone", 0)
+            gone = store.add("gone", 0)
 
     def keeps_store(self) -> bool:
         """Whether the store ends with this process: torchrun keeps it in a process of its own."""
         return self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-
-    # --- both threads, each with its own connection to the store ------------------------------------------------------
 
     def name(self, rank: int) -> str:
         host = self.processes[rank].host if self.processes else socket.gethostname()
@@ -204,7 +204,7 @@ class Heartbeat:
             self.look_for_sleepers()
         if self.own_store.check(["failure"]) and not self.leaving.wait(GRACE):
             self.say(self.own_store)
-            self.own_store.add("gone", 1)
+            self.go(self.own_store, GRACE + 2 * PERIOD)
             leave_at_once(1)
 
     def look_for_dead(self) -> None:
