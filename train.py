@@ -28,7 +28,8 @@ from minillm.data.loader import Loader, eval_batches
 from minillm.data.mixture import Source, held_out, say_use
 from minillm.data.prompts import prompts_of
 from minillm.distributed.config import ParallelConfig
-from minillm.distributed.context import Context, best_precision, connect, free_memory, peak_flops, with_mesh
+from minillm.distributed.context import Context, connect, with_mesh
+from minillm.distributed.device import best_precision, free_memory, peak_flops
 from minillm.distributed.launch import check_same
 from minillm.distributed.parallelize import parallelize
 from minillm.distributed.tensor_parallel import tensor_parallel_problems

@@ -10,7 +10,7 @@ fp32 (16 bytes a parameter, also for 7B), matrix products bf16; a CPU computes i
 is its own and running out of it ends nothing else.
 
 MFU is tokens/s x (6 N + 12 L D T) / peak: N parameters in matrix products, no halving for causal attention, peak the
-dense bf16 figure of the maker's datasheet (`plan.flops_per_token`, `distributed.context.peak_flops`).
+dense bf16 figure of the maker's datasheet (`plan.flops_per_token`, `distributed.device.peak_flops`).
 """
 
 import argparse
@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 from minillm.data.loader import Loader
-from minillm.distributed.context import Context, find_device, peak_flops, peak_memory, synchronize
+from minillm.distributed.context import Context
+from minillm.distributed.device import find_device, peak_flops, peak_memory, synchronize
 from minillm.distributed.parallelize import parallelize
 from minillm.model.config import ModelConfig
 from minillm.model.presets import gpt2, llama2

@@ -26,7 +26,8 @@ from train_step import cpu_name, table
 
 from minillm.data.batch import Batch
 from minillm.distributed.config import Layout
-from minillm.distributed.context import Context, connect, synchronize, with_mesh
+from minillm.distributed.context import Context, connect, with_mesh
+from minillm.distributed.device import synchronize
 from minillm.distributed.parallelize import ONE, parallelize
 from minillm.model.init import init_weights
 from minillm.model.presets import llama2

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from minillm.data.batch import Batch
-from minillm.distributed.context import Context, find_device, peak_memory, synchronize
+from minillm.distributed.context import Context
+from minillm.distributed.device import find_device, peak_memory, synchronize
 from minillm.distributed.parallelize import parallelize
 from minillm.model.config import ModelConfig
 from minillm.model.presets import gpt2, llama2

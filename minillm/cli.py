@@ -21,7 +21,7 @@ from minillm.data.loader import Loader
 from minillm.data.shards import describe as describe_prepared
 from minillm.data.store import open_prepared
 from minillm.data.text import documents, named_files
-from minillm.distributed.context import find_device
+from minillm.distributed.device import find_device
 from minillm.doctor import advice, examine
 from minillm.doctor import report as doctor_report
 from minillm.files import free_directory

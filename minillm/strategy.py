@@ -10,7 +10,8 @@ import logging
 import os
 
 from minillm.distributed.config import Layout, ParallelConfig, layout
-from minillm.distributed.context import Context, free_memory
+from minillm.distributed.context import Context
+from minillm.distributed.device import free_memory
 from minillm.memory import GIB, Setting, estimate, usable
 from minillm.model.config import ModelConfig
 from minillm.optim import OptimConfig

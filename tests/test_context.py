@@ -96,6 +96,18 @@ def test_one_process_needs_no_process_group():
     assert not torch.distributed.is_initialized()
 
 
+def test_one_process_is_rank_zero_of_one():
+    with connect("cpu") as dist:
+        assert (dist.dp_rank, dist.dp_size, dist.is_main, dist.device) == (0, 1, True, torch.device("cpu"))
+        assert dist.sum(7) == 7
+
+
+def test_several_processes_are_refused_in_words(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 8"), connect():
+        pass
+
+
 def test_half_of_torchruns_environment_is_refused_by_name(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minillm import cli
-from minillm.distributed import context
+from minillm.distributed.device import best_precision
 from minillm.doctor import advice, devices, examine, machine, report
 from minillm.log import run_command
 
@@ -144,9 +144,7 @@ def test_a_finding_calls_for_its_advice(changes, said):
 
 def test_the_precision_advised_is_the_one_that_training_takes(found):
     [line] = [line for line in advice(found) if "train.precision" in line]
-    assert line.startswith(
-        f"cpu: train.precision {context.best_precision(torch.device('cpu'))}, which is what auto means"
-    )
+    assert line.startswith(f"cpu: train.precision {best_precision(torch.device('cpu'))}, which is what auto means")
     rates = first(found)["matmul_flops"]
     device = {
         "device": "cuda:0",

@@ -13,7 +13,6 @@ from live import held_bytes, measured_peaks
 from ranks import run_ranks
 
 from minillm.distributed.config import Layout
-from minillm.distributed.context import free_memory
 from minillm.log import OutOfMemory, memory_explained
 from minillm.memory import Setting, alternatives, estimate, memory_advice, usable
 from minillm.model.config import ModelConfig
@@ -141,13 +140,6 @@ def test_what_failed_is_not_advised_again():
     setting = Setting(rows=4, seq_len=256)
     assert all(smaller != setting for _, smaller, _ in alternatives(setting, OptimConfig(name="muon")))
     assert "--train.micro_batch_size 3 " in memory_advice(ModelConfig(**SHAPE), OptimConfig(), setting, 2**40)
-
-
-def test_free_memory_is_known_and_no_more_than_there_is():
-    free = free_memory(torch.device("cpu"))
-    if free is None:
-        pytest.skip("this system does not tell")
-    assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_what_filled_the_memory_is_free_when_advice_is_asked_for():

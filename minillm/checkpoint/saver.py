@@ -20,7 +20,8 @@ from minillm.checkpoint.layout import Held, Layout, held_here, lay_out, own_piec
 from minillm.checkpoint.manifest import spell
 from minillm.checkpoint.ranks import on_every_rank, on_main
 from minillm.checkpoint.series import commit, folder_of
-from minillm.distributed.context import Context, beside_training, synchronize
+from minillm.distributed.context import Context, beside_training
+from minillm.distributed.device import synchronize
 
 PATIENCE = 3600.0  # seconds that a rank waits for the disk of another
 GRACE = 5.0  # seconds that a program which ends with an error waits for a checkpoint that is being written

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minillm.distributed.context import best_precision, find_device, matmul_flops, synchronize
+from minillm.distributed.device import best_precision, find_device, matmul_flops, synchronize
 from minillm.model.kernels import has_flex, has_varlen
 
 SIZES = {"cpu": (256, 1024), "accelerator": (1024, 4096, 8192)}

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from minillm.data.config import DataConfig
 from minillm.distributed.config import ParallelConfig
-from minillm.distributed.context import DATASHEET_BF16
+from minillm.distributed.device import DATASHEET_BF16
 from minillm.log import LogConfig
 from minillm.model.config import ModelConfig, ModelSection
 from minillm.model.presets import preset

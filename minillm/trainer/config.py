@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import torch
 
-from minillm.distributed.context import best_precision
+from minillm.distributed.device import best_precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

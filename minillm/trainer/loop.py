@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from minillm import checkpoint
-from minillm.distributed.context import Context, peak_memory
+from minillm.distributed.context import Context
+from minillm.distributed.device import peak_memory
 from minillm.distributed.parallelize import gradient_sync
 from minillm.log import LOGGER, Clock, RunLog, Tracker, memory_explained
 from minillm.objectives import Objective
