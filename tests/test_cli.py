@@ -104,7 +104,7 @@ def test_a_tokenizer_is_measured_beside_another(workplace, capsys):
 
 @pytest.mark.parametrize(("make", "what"), [("mkdir", "not empty"), ("write_text", "a file")])
 def test_a_tokenizer_is_not_trained_for_a_folder_that_cannot_take_it(workplace, capsys, monkeypatch, make, what):
-    monkeypatch.setattr(cli, "train_tokenizer", None)
+    monkeypatch.setattr(cli.tokenizer, "train_tokenizer", None)
     out = workplace / "tok"
     if make == "mkdir":
         (out / "inside").mkdir(parents=True)

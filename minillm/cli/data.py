@@ -1,0 +1,149 @@
+"""`minillm data ...`: prepare text, clean it, and look at what a run reads."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from minillm import checkpoint
+from minillm.cli.verb import Verb
+from minillm.config import Layer, build, file_layer
+from minillm.data.clean.config import CleanConfig
+from minillm.data.clean.pipeline import clean, clean_shard, merge
+from minillm.data.clean.report import table
+from minillm.data.config import DataConfig, SharedTextConfig
+from minillm.data.corpus import identity, open_corpus, open_sources, with_path
+from minillm.data.inspect import inspect_lines
+from minillm.data.loader import Loader
+from minillm.data.shards import describe
+from minillm.data.store import open_prepared
+from minillm.log import read_metrics
+from minillm.run import RunConfig, RunDirectory
+from minillm.tokenizer import TokenizerConfig, load_tokenizer
+
+
+@dataclass(frozen=True)
+class DataPrepare:
+    """Options of `data prepare`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+@dataclass(frozen=True)
+class DataClean:
+    """Options of `data clean`."""
+
+    out: Annotated[str, "folder to write"]
+    shard: Annotated[str | None, "i/n: only the i-th of n shares of the text, into OUT/shard-i-of-n, for --merge"] = (
+        None
+    )
+    merge: Annotated[str | None, "folder of all shards: write them to OUT without duplicates among them"] = None
+    data: SharedTextConfig = field(default_factory=SharedTextConfig)
+    clean: CleanConfig = field(default_factory=CleanConfig)
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """Options of `data info`."""
+
+    path: Annotated[str, "folder that `data prepare` named"]
+    verify: Annotated[bool, "read every token and check the hashes"] = False
+
+
+@dataclass(frozen=True)
+class DataInspect:
+    """Options of `data inspect`."""
+
+    path: Annotated[str, "run directory"]
+    step: Annotated[int, "step whose batch is shown, from 1", ">= 1"] = 1
+    rows: Annotated[int, "samples shown", ">= 1"] = 4
+    width: Annotated[int, "characters of each document", ">= 10"] = 100
+
+
+def data_prepare(options: DataPrepare) -> None:
+    """Tokenise text into shards."""
+    _, sources = open_corpus(options.data, options.tokenizer)
+    for source in sources:
+        if source.name:
+            print(f"source {source.name}, {100 * source.share:.3g}% of the samples:")
+        print(f"{source.prepared.directory}\n{describe(source.prepared)}")
+
+
+def data_clean(options: DataClean) -> None:
+    """Write what of a text is fit to be trained on, and a report of the rest."""
+    out: str | Path = options.out
+    if options.merge is not None:
+        if options.shard is not None or (options.data, options.clean) != (SharedTextConfig(), CleanConfig()):
+            raise ValueError("merge: what is merged and how is said by the shards; give no more than --merge and OUT")
+        report = merge(options.merge, out)
+    elif options.shard is not None:
+        out, report = clean_shard(options.data, options.clean, out, options.shard)
+    else:
+        report = clean(options.data, options.clean, out)
+    print(f"{out}\n\n{table(report)}")
+
+
+def data_info(options: DataInfo) -> None:
+    """Say what prepared data holds."""
+    prepared = open_prepared(options.path)
+    print(describe(prepared, verify=options.verify))
+
+
+def data_inspect(options: DataInspect) -> None:
+    """Print the documents and tokens of a step of a run."""
+    run = RunDirectory(options.path)
+    if not run.config.exists():
+        raise ValueError(f"{run.path}: not a run directory (there is no config.json)")
+    saved = file_layer(run.config).values
+
+    def section(section_class: type, name: str):
+        values = {key.partition(".")[2]: value for key, value in saved.items() if key.startswith(f"{name}.")}
+        return build(section_class, [Layer(str(run.config), values)])
+
+    data = section(DataConfig, "data")
+    if not data.seq_len:
+        raise ValueError(f"{run.config}: data.seq_len is needed to know what a step read")
+    tokenizer = load_tokenizer(run.path)
+    sources = open_sources(with_path(data), tokenizer)
+    newest = checkpoint.latest(run.checkpoints)
+    state = checkpoint.read(newest)[0] if newest else identity(sources)
+    if any(state.get(name) != value for name, value in identity(sources).items()):
+        raise ValueError(f"{run.path}: the text under {data.path} is no longer that of the run")
+    first, samples_per_step = samples_of(run, options.step, data.seq_len)
+    loader = Loader(
+        sources,
+        seq_len=data.seq_len,
+        packing=data.packing,
+        micro_batch_size=1,
+        samples_per_step=samples_per_step,
+        seed=section(RunConfig, "run").seed,
+        prefetch=False,
+    )
+    lines = inspect_lines(loader, first, tokenizer, options.width)
+    samples = 0
+    for line in lines:
+        samples += line.startswith("sample ")
+        if samples > options.rows:
+            break
+        print(line)
+
+
+def samples_of(run: RunDirectory, step: int, seq_len: int) -> tuple[int, int]:
+    """(first sample, number of samples) of a step: between two rows of metrics, all steps took equally many."""
+    rows = [{"step": 0, "tokens": 0}, *read_metrics(run.metrics)]
+    if step > rows[-1]["step"]:
+        raise ValueError(f"step: {run.path} has made {rows[-1]['step']} steps, so there is no step {step}")
+    after = next(i for i, row in enumerate(rows) if row["step"] >= step)
+    (begin, first), (end, last) = ((row["step"], row["tokens"]) for row in rows[after - 1 : after + 1])
+    samples, rest = divmod(last - first, (end - begin) * seq_len)
+    if rest:
+        raise ValueError(f"step: {run.metrics} does not say where between steps {begin} and {end} the batch changed")
+    return first // seq_len + (step - 1 - begin) * samples, samples
+
+
+VERBS = {
+    "data prepare": Verb(data_prepare, DataPrepare, [], "--data.path TEXT: tokenise once, for every run after"),
+    "data clean": Verb(data_clean, DataClean, ["out"], "OUT --data.path TEXT: filter, remove duplicates and secrets"),
+    "data info": Verb(data_info, DataInfo, ["path"], "PATH: what prepared data holds"),
+    "data inspect": Verb(data_inspect, DataInspect, ["path"], "RUN --step N: the documents and tokens of a step"),
+}
