@@ -345,7 +345,8 @@ package = sys.modules["minillm"] = types.ModuleType("minillm")
 package.__path__ = [{str(ROOT / "minillm")!r}]
 """
 SCRIPT = """
-import logging
+import logging, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 from minillm.data.config import DataConfig
 from minillm.data.shards import prepare
 from test_shards import SlowTokenizer
