@@ -16,17 +16,17 @@ from torch import nn
 from minillm import checkpoint
 from minillm.distributed.context import Context
 from minillm.distributed.device import peak_memory
-from minillm.distributed.parallelize import gradient_sync
 from minillm.log import LOGGER, Clock, RunLog, Tracker, memory_explained
 from minillm.objectives import Objective
 from minillm.optim import clip_grad_norm_, gradient_norms, optimizer_tensors, unscale_
 from minillm.run import RunDirectory
 from minillm.signals import stop_requests
 from minillm.tensors import parameter_names
-from minillm.trainer.config import DTYPES, Loader, TrainConfig, completed, moved
+from minillm.trainer.config import DTYPES, Loader, TrainConfig, completed
 from minillm.trainer.norms import norms_noted
-from minillm.trainer.progress import NonFiniteError, Progress, Stopped, dropout_seed
+from minillm.trainer.progress import NonFiniteError, Progress, Stopped
 from minillm.trainer.spikes import SpikeWatch
+from minillm.trainer.step import accumulate_gradients, mean_figures, report_non_finite
 from minillm.trainer.waiting import LoaderWatch
 
 SUMMED_UP = ("step", "tokens", "best_val_loss", "best_step", "skipped_steps", "spikes")
@@ -111,33 +111,20 @@ class Trainer:
             self.advance(skipped=True)
             return figures
 
-        losses, totals = [], {}
-        for i, batch in enumerate(micro_batches):
-            dist.at(f"{place}: forward {i + 1} of {len(micro_batches)}")
-            torch.manual_seed(dropout_seed(self.seed, at.step, i, dist.rank))
-            with gradient_sync(self.model, last=i + 1 == len(micro_batches)):
-                with self.autocast():
-                    loss_sum, metrics = self.objective(self.model, moved(batch, dist.device))
-                dist.at(f"{place}: backward {i + 1} of {len(micro_batches)}")
-                self.scaler.scale(loss_sum * (dist.dp_size / n)).backward()  # undoes the mean over data-parallel ranks
-            losses.append(loss_sum.detach())
-            for name, pair in metrics.items():
-                totals.setdefault(name, []).append(pair)
+        losses, metrics = accumulate_gradients(
+            self.model, self.objective, micro_batches, n, self.autocast, self.scaler, dist, self.seed, at.step
+        )
         dist.at(f"{place}: update")
         unscale_(self.scaler, self.optimizer)
         each_norm = gradient_norms(self.parameters.values())
-        grad_norm = clip_grad_norm_(self.parameters.values(), self.grad_clip, each_norm)
-        sums = [torch.stack(losses).cpu().double().sum()]
-        for pairs in totals.values():
-            sums += torch.tensor([[float(number) for number in pair] for pair in pairs], dtype=torch.float64).sum(0)
-        loss_sum, *sums = dist.sum(torch.stack(sums)).tolist()
-        figures["loss"], figures["grad_norm"] = loss_sum / n, float(grad_norm)
-        for name, total, count in zip(totals, sums[::2], sums[1::2]):
-            figures[name] = total / count if count else None
+        figures["grad_norm"] = float(clip_grad_norm_(self.parameters.values(), self.grad_clip, each_norm))
+        figures |= mean_figures(losses, metrics, n, dist)
 
         finite = not dist.any(not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])))
-        if not finite:
-            self.report_skip(figures, each_norm)
+        if finite:
+            at.bad_steps_in_a_row = 0
+        elif report_non_finite(at.step + 1, figures, dict(zip(self.parameters, each_norm.tolist())), self.scaler):
+            at.bad_steps_in_a_row += 1
         spike = self.spike_watch.look(at.step + 1, at.samples, figures, each_norm) if finite else None
         if spike:
             at.spikes += 1
@@ -150,8 +137,6 @@ class Trainer:
             with norms_noted(self.notes, at.step + 1, self.parameters, each_norm) if asked else nullcontext():
                 self.scaler.step(self.optimizer)
             self.unsaved = True
-        if finite:
-            at.bad_steps_in_a_row = 0
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.advance(skipped=not applied)
@@ -176,19 +161,6 @@ class Trainer:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.dist.device.type, self.dtype)
-
-    def report_skip(self, figures: dict[str, float], each_norm: torch.Tensor) -> None:
-        """Name what was not finite in a step that is not applied, and count the ones in a row."""
-        step = self.progress.step + 1
-        loss_is_finite = math.isfinite(figures["loss"])
-        if self.scaler.is_enabled() and loss_is_finite and self.scaler.get_scale() > 1:
-            LOGGER.info("step %d: fp16 overflow at loss scale %g; skipped", step, self.scaler.get_scale())
-            return
-        self.progress.bad_steps_in_a_row += 1
-        bad = [name for name, norm in zip(self.parameters, each_norm.tolist()) if not math.isfinite(norm)]
-        where = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-        what = f"the gradient is not finite in {where}" if loss_is_finite else f"the loss is {figures['loss']}"
-        LOGGER.warning("step %d: %s; skipped", step, what)
 
     # --- a whole run --------------------------------------------------------------------------------------------------
 
