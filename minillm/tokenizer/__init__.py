@@ -6,7 +6,7 @@ ids come from whoever builds the sequence. And a tokenizer has a hash, which dat
 refuse another one.
 
 `kinds.py` and `hf.py` encode and decode, `load.py` reads a saved one, `train.py` makes one from a corpus, `eval.py`
-measures one.
+measures one, `to_hf.py` writes one as Hugging Face's files.
 """
 
 from minillm.tokenizer.hf import HFTokenizer
@@ -18,6 +18,7 @@ from minillm.tokenizer.kinds import (
     Tokenizer,
 )
 from minillm.tokenizer.load import describe, load_tokenizer
+from minillm.tokenizer.to_hf import hugging_face_files
 from minillm.tokenizer.train import TokenizerConfig, choose_vocab_size, train_tokenizer
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "TokenizerConfig",
     "choose_vocab_size",
     "describe",
+    "hugging_face_files",
     "load_tokenizer",
     "train_tokenizer",
 ]
