@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import IO
 from weakref import WeakSet
 
-HOST = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())
-TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9-]+)\.(\d+)\.tmp")  # .NAME.HOST.PROCESS.tmp
+TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9-]+)\.(\d+)\.tmp")  # .NAME.MACHINE.PROCESS.tmp
 DAY = 24 * 60 * 60.0  # seconds
 
 
@@ -116,7 +115,7 @@ def free_directory(path: str | Path) -> Path:
 
 def temporary_for(path: Path) -> Path:
     """Where this process writes a file or directory before it gets its name: on a shared disk no other does."""
-    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{machine()}.{os.getpid()}.tmp")
 
 
 def is_abandoned(temporary: Path) -> bool:
@@ -124,11 +123,25 @@ def is_abandoned(temporary: Path) -> bool:
     name = TEMPORARY.fullmatch(temporary.name)
     if name is None:
         return False
-    if name[1] == HOST:
+    if name[1] == machine():
         return not is_alive(int(name[2]))
     with suppress(OSError):
         return time.time() - temporary.stat().st_mtime > DAY
     return False
+
+
+def machine() -> str:
+    """What processes that know each other by number have in common: a machine since it was started, or a container.
+
+    It is a word for names of files. The host's name, with which it begins, does not tell: machines made from one image
+    may all have the same, and so may containers on one of them.
+    """
+    host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())
+    with suppress(OSError):
+        started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        numbers = f"{started} {os.readlink('/proc/self/ns/pid')}"
+        return f"{host}-{hashlib.sha256(numbers.encode()).hexdigest()[:8]}"
+    return host
 
 
 def is_alive(process: int) -> bool:

@@ -19,7 +19,7 @@ import torch
 from minillm import checkpoint
 from minillm.checkpoint.manifest import signed
 from minillm.checkpoint.shard import write_shard
-from minillm.files import HOST
+from minillm.files import machine
 
 STATE = {"step": 3, "samples": 96, "loss": 0.1 + 0.2, "config": {"model": {"dim": 8}}, "best": math.inf}
 
@@ -228,11 +228,11 @@ def test_leftovers_of_dead_writers_are_removed_and_of_live_ones_are_not(tmp_path
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for process in (dead.pid, os.getpid(), os.getppid()):
-        (tmp_path / f".step-00000009.{HOST}.{process}.tmp").mkdir()
-        (tmp_path / f".step-00000009.{HOST}.{process}.tmp" / "model-00000.safetensors").write_bytes(b"half")
+        (tmp_path / f".step-00000009.{machine()}.{process}.tmp").mkdir()
+        (tmp_path / f".step-00000009.{machine()}.{process}.tmp" / "model-00000.safetensors").write_bytes(b"half")
     assert checkpoint.latest(tmp_path) is None
     checkpoint.save(tmp_path, 1, make_tensors(), STATE)
-    assert names(tmp_path) == [f".step-00000009.{HOST}.{os.getppid()}.tmp", "step-00000001"]
+    assert names(tmp_path) == [f".step-00000009.{machine()}.{os.getppid()}.tmp", "step-00000001"]
 
 
 # --- damaged files ---------------------------------------------------------------------------------------------------

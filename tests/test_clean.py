@@ -17,7 +17,7 @@ from minillm.data.clean.pipeline import clean, clean_shard, merge
 from minillm.data.clean.report import load, table
 from minillm.data.config import DataConfig
 from minillm.data.text import documents, find_files
-from minillm.files import HOST
+from minillm.files import machine
 from minillm.log import run_command
 
 SYLLABLES = [consonant + vowel for consonant in "bdfghklmnprstvwz" for vowel in "aeiou"]
@@ -264,7 +264,7 @@ def test_text_that_cannot_be_read_leaves_nothing(corpus):
 
 
 def test_what_a_killed_process_left_is_removed(corpus):
-    for leftover in (Path(f".out.{HOST}.99999999.tmp"), Path(f"shards/.shard-1-of-2.{HOST}.99999999.tmp")):
+    for leftover in (Path(f".out.{machine()}.99999999.tmp"), Path(f"shards/.shard-1-of-2.{machine()}.99999999.tmp")):
         (leftover / "shard").mkdir(parents=True)
     clean(DataConfig(path="in"), CONFIG, "out")
     clean_shard(DataConfig(path="in"), CONFIG, "shards", "1/2")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from minillm import files
-from minillm.files import HOST, BusyError, atomic_directory, locked, read_json, sha256, write_atomically
+from minillm.files import BusyError, atomic_directory, locked, machine, read_json, sha256, write_atomically
 
 # files.py needs nothing else of the package, so the processes that are killed here import it alone, which is quick
 PREAMBLE = f"import os, sys, time; sys.path.insert(0, {str(Path(files.__file__).parent)!r}); import files\n"
@@ -188,14 +188,14 @@ def test_all_is_on_disk_before_a_name_appears(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "fsync", record_fsync)
     monkeypatch.setattr(files.os, "replace", record_replace)
     write_atomically(tmp_path / "a.txt", "x")
-    temporary = f".a.txt.{HOST}.{os.getpid()}.tmp"
+    temporary = f".a.txt.{machine()}.{os.getpid()}.tmp"
     assert events == [("fsync", temporary), ("replace", "a.txt"), ("fsync", tmp_path.name)]
     events.clear()
     with atomic_directory(tmp_path / "d") as directory:
         (directory / "sub").mkdir()
         (directory / "sub" / "file").write_text("x")
     *synced, renamed, parent = events
-    assert sorted(name for _, name in synced) == [f".d.{HOST}.{os.getpid()}.tmp", "file", "sub"]
+    assert sorted(name for _, name in synced) == [f".d.{machine()}.{os.getpid()}.tmp", "file", "sub"]
     assert (renamed, parent) == (("replace", "d"), ("fsync", tmp_path.name))
 
 
@@ -244,8 +244,8 @@ for i in range(10**9):
 def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    theirs = [f".a.txt.{HOST}.{os.getppid()}.tmp", f".b.txt.{HOST}.{dead.pid}.tmp", ".a.txt.notes.tmp"]
-    for name in (*theirs, f".a.txt.{HOST}.{dead.pid}.tmp"):
+    theirs = [f".a.txt.{machine()}.{os.getppid()}.tmp", f".b.txt.{machine()}.{dead.pid}.tmp", ".a.txt.notes.tmp"]
+    for name in (*theirs, f".a.txt.{machine()}.{dead.pid}.tmp"):
         (tmp_path / name).write_text("half")
     write_atomically(tmp_path / "a.txt", "whole")
     assert names(tmp_path) == sorted([*theirs, "a.txt"])
@@ -255,7 +255,9 @@ def test_what_a_process_of_another_machine_writes_is_left_alone_for_a_day(tmp_pa
     """Its id says nothing here: there may be no such process on this machine, or another one."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    for path in (tmp_path / f".a.txt.another-{HOST}.{dead.pid}.tmp", tmp_path / f".a.txt.node-7.{os.getpid()}.tmp"):
+    host = machine().rpartition("-")[0]  # a name that another machine may have too
+    for process in (f"another-{machine()}.{dead.pid}", f"{host}.{dead.pid}", f"node-7.{os.getpid()}"):
+        path = tmp_path / f".a.txt.{process}.tmp"
         path.write_text("half")
         write_atomically(tmp_path / "a.txt", "whole")
         assert path.exists()

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as torch_dist
 
-from minillm.files import is_alive
+from minillm.files import is_alive, machine
 from minillm.log import LOGGER, TOLD, one_line
 
 PERIOD = 1.0  # seconds between two beats
@@ -284,17 +284,6 @@ def described(error: BaseException) -> str:
 def this_process() -> Process:
     """The process that asks."""
     return Process(socket.gethostname(), machine(), os.getpid())
-
-
-def machine() -> str:
-    """What processes that know each other by number have in common: a machine since it was started, or a container.
-
-    Names do not tell: machines made from one image may all have the same, and so may containers on one of them.
-    """
-    with suppress(OSError):
-        started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{started} {os.readlink('/proc/self/ns/pid')}"
-    return socket.gethostname()
 
 
 def is_running(process: int) -> bool:
