@@ -11,11 +11,18 @@ import torch
 from ranks import run_ranks
 
 from minillm.distributed import context
-from minillm.distributed.context import AXES, Context, connect, with_mesh
+from minillm.distributed.context import AXES, Context, connect, device_index, with_mesh
 
 
 def seconds_of(group):
     return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def collectives(work):
+    """The kinds of messages between ranks that it takes."""
+    with torch.profiler.profile() as seen:
+        work()
+    return {event.name for event in seen.events() if event.name.startswith("gloo:")}
 
 
 def told():
@@ -31,6 +38,7 @@ def told():
             "any": (dist.any(dist.rank == 2), dist.any(False)),
             "gather": dist.gather({"ж" * dist.rank: dist.rank}),
             "broadcast": dist.broadcast(["from", dist.rank]),
+            "sent": collectives(lambda: dist.broadcast("ж" * 1000 * dist.rank)),
             "big": dist.sum(2**53 + dist.rank),
             "timeouts": {seconds_of(group) for group in (mesh.dp_group, *map(mesh.mesh.get_group, AXES))},
         }
@@ -46,6 +54,7 @@ def test_ranks_agree_on_numbers_and_json():
         assert (one["max"], one["any"]) == ((3, 3.0), (True, False))
         assert one["gather"] == [{"ж" * other: other} for other in range(4)]
         assert one["broadcast"] == ["from", 0]
+        assert one["sent"] == {"gloo:broadcast"}, "one rank's value is not asked of all"
         assert one["big"] == 2**55 + 6, "whole numbers are exact"
         assert one["timeouts"] == {25.0}, "of every group, and a little after the heartbeat"
 
@@ -106,6 +115,13 @@ def test_several_processes_are_refused_in_words(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(ValueError, match="WORLD_SIZE is 8"), connect():
         pass
+
+
+def test_each_local_rank_has_a_device_of_its_own_also_where_it_is_shown_no_other():
+    assert [device_index(rank, 8, by_torchrun=True) for rank in range(8)] == list(range(8))
+    assert [device_index(rank, 8, by_torchrun=False) for rank in range(8)] == list(range(8))
+    assert device_index(5, 1, by_torchrun=False) == 0, "Slurm shows each task one"
+    assert device_index(1, 1, by_torchrun=True) == 1, "two processes, one device: refused"
 
 
 def test_half_of_torchruns_environment_is_refused_by_name(monkeypatch):

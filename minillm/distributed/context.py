@@ -98,18 +98,25 @@ class Context:
         """What JSON can spell, of every rank, on every rank."""
         if self.world_size == 1:
             return [value]
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        data = as_bytes(value)
         sizes = [torch.zeros((), dtype=torch.int64) for _ in range(self.world_size)]
         torch_dist.all_gather(sizes, torch.tensor(len(data)), self.group)
         padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
         padded[: len(data)] = data
         found = [torch.empty_like(padded) for _ in sizes]
         torch_dist.all_gather(found, padded, self.group)
-        return [json.loads(bytes(one[: int(size)].numpy())) for one, size in zip(found, sizes)]
+        return [from_bytes(one[: int(size)]) for one, size in zip(found, sizes)]
 
     def broadcast(self, value: Any) -> Any:
         """What JSON can spell, of rank 0, on every rank."""
-        return self.gather(value if self.is_main else None)[0]
+        if self.world_size == 1:
+            return value
+        data = as_bytes(value if self.is_main else None)
+        size = torch.tensor(len(data))
+        torch_dist.broadcast(size, 0, self.group)
+        data = data if self.is_main else torch.empty(int(size), dtype=torch.uint8)
+        torch_dist.broadcast(data, 0, self.group)
+        return from_bytes(data)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -153,6 +160,16 @@ class Context:
                 host = socket.gethostname()
                 print(f"{host}: waiting for rank 0 since {waited:.0f} s: {what}", file=sys.stderr, flush=True)
             report *= 2 if waited > report else 1
+
+
+def as_bytes(value: Any) -> torch.Tensor:
+    """What JSON can spell, as the bytes that ranks send each other."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def from_bytes(data: torch.Tensor) -> Any:
+    """What `as_bytes` was given."""
+    return json.loads(bytes(data.numpy()))
 
 
 def is_launched() -> bool:
@@ -244,17 +261,26 @@ def backends_of(device: torch.device) -> str:
 def find_local_device(name: str, local_rank: int) -> torch.device:
     """The device of one of several processes on a machine: of several accelerators, that of its local rank."""
     count = torch.accelerator.device_count()
-    if local_rank < count:
-        torch.accelerator.set_device_index(local_rank)  # first of all, or each rank takes memory on the first one too
+    index = device_index(local_rank, count, torch_dist.is_torchelastic_launched())
+    if index < count:
+        torch.accelerator.set_device_index(index)  # first of all, or each rank takes memory on the first one too
     device = find_device(name)
     if device.type == "cpu":
         return device
-    if local_rank >= count:
+    if index >= count:
         raise ValueError(
             f"run.device: {device.type} has {count} devices here, but this is local rank {local_rank}: "
             f"start with --nproc_per_node {count}, or with --run.device cpu"
         )
-    return torch.device(device.type, local_rank)
+    return torch.device(device.type, index)
+
+
+def device_index(local_rank: int, count: int, by_torchrun: bool) -> int:
+    """Which of the accelerators that a process sees is its own: that of its local rank, or the only one.
+
+    torchrun shows all processes of a machine the same; Slurm with --gpus-per-task 1 shows each its own.
+    """
+    return 0 if count == 1 and not by_torchrun else local_rank
 
 
 def with_mesh(dist: Context, dp_replicate: int, dp_shard: int, tp: int) -> Context:
