@@ -11,6 +11,7 @@ import time
 from concurrent.futures import Future
 
 import pytest
+import torch
 import torch.distributed as torch_dist
 from forks import Forks
 
@@ -142,6 +143,37 @@ def elsewhere(words):
 def test_a_process_of_another_machine_is_not_looked_for_here_though_both_have_one_name(forks):
     ranks = forks.start(2, "test_heartbeat:elsewhere", [])
     assert ranks.wait(60) == [0, 0], ranks.said(0)
+
+
+def slow_to_close(words):
+    """Two ranks whose connections do not close; the end of the block is good, a request to stop, or a mistake."""
+    context.GRACE, context.torch_dist.destroy_process_group = 0.5, lambda: time.sleep(600)
+    with connect("cpu", 5) as dist:
+        dist.barrier()
+        if words == ["stop"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if words == ["mistake"]:
+            raise ValueError("no text")
+    return 0
+
+
+@pytest.mark.parametrize(("end", "code"), [("well", 0), ("stop", 0), ("mistake", 1)])
+def test_connections_that_do_not_close_change_no_exit_code(forks, end, code):
+    ranks = forks.start(2, "test_heartbeat:slow_to_close", [end])
+    assert ranks.wait(60) == [code, code]
+
+
+def on_an_accelerator(words):
+    with connect("cuda", 30):
+        return 0
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here")
+def test_a_device_that_no_rank_has_is_told_once(forks):
+    ranks = forks.start(2, "test_heartbeat:on_an_accelerator", [])
+    assert ranks.wait(60) == [1, 1]
+    assert re.fullmatch(r"error: run\.device: 'cuda' cannot be used here .*\n", ranks.said(0)), ranks.said(0)
+    assert ranks.said(1) == ""
 
 
 # --- who is behind ----------------------------------------------------------------------------------------------------

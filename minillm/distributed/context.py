@@ -22,7 +22,15 @@ import torch.distributed as torch_dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from minillm.distributed.device import find_device
-from minillm.distributed.heartbeat import GRACE, LATER, Heartbeat, OtherRankError, leave_at_once, this_process
+from minillm.distributed.heartbeat import (
+    GRACE,
+    LATER,
+    Heartbeat,
+    OtherRankError,
+    is_request_to_stop,
+    leave_at_once,
+    this_process,
+)
 from minillm.distributed.meeting import meet, store_of_torchrun
 from minillm.log import LOGGER
 from minillm.signals import exit_on_request, handlers
@@ -203,6 +211,8 @@ def connect(device: str = "auto", timeout: float = 600.0) -> Iterator[Context]:
                 "which sets them all, or unset WORLD_SIZE to train on one process"
             )
         rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if not torch.accelerator.device_count():
+            find_device(device)  # what no rank of a machine finds is told by its first, as other mistakes are
         try:
             place = find_local_device(device, local_rank)
             start_process_group(backends_of(place), rank, world_size, timeout)
@@ -219,11 +229,11 @@ def connect(device: str = "auto", timeout: float = 600.0) -> Iterator[Context]:
             with handlers(lambda *_: None, signal.SIGTERM, signal.SIGUSR1):  # it ends already
                 try:
                     heartbeat.fail(error)
-                finally:
-                    end_process_group(at_most=GRACE)
+                finally:  # fail may have raised a request to stop in its place
+                    end_process_group(at_most=GRACE, code=0 if is_request_to_stop(sys.exception()) else 1)
             raise
         heartbeat.leave()
-        end_process_group(at_most=timeout)
+        end_process_group(at_most=timeout, code=0)
 
 
 def start_process_group(backends: str, rank: int, world_size: int, timeout: float) -> None:
@@ -242,9 +252,9 @@ def start_process_group(backends: str, rank: int, world_size: int, timeout: floa
         raise ValueError(f"the {world_size} ranks did not all meet at {place} within {timeout:g} s: {said}") from error
 
 
-def end_process_group(at_most: float) -> None:
-    """Close the connections; a backend that waits for a rank that is gone does so only for so many seconds."""
-    timer = threading.Timer(at_most, leave_at_once, [1])
+def end_process_group(at_most: float, code: int) -> None:
+    """Close the connections; where a backend takes longer than so many seconds, the program ends with the exit code."""
+    timer = threading.Timer(at_most, leave_at_once, [code])
     timer.daemon = True
     timer.start()
     torch_dist.destroy_process_group()

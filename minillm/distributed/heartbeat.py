@@ -111,7 +111,7 @@ class Heartbeat:
                 LOGGER.info("stopped, as another rank was")
                 self.go(self.store, GRACE + 2 * PERIOD)
                 raise SystemExit(0)
-            asked = isinstance(error, SystemExit) and not error.code
+            asked = is_request_to_stop(error)
             if asked and not self.thread.is_alive():
                 self.look_for_dead()  # torchrun asks those to end of whom one has died
             if asked and not self.store.check(["failure"]):
@@ -270,6 +270,11 @@ def follows_from_another(error: BaseException) -> bool:
     """Whether an error only says that another rank is no longer there, or has failed."""
     backends = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     return backends or isinstance(error, (OtherRankError, torch_dist.DistError))
+
+
+def is_request_to_stop(error: BaseException) -> bool:
+    """Whether an error is how a program ends that was asked to."""
+    return isinstance(error, SystemExit) and not error.code
 
 
 def described(error: BaseException) -> str:
