@@ -1,7 +1,7 @@
 """Train language models from scratch in pure PyTorch."""
 
 from minillm.generate.engine import Completion, generate, stream
-from minillm.generate.sampling import SamplingParams
+from minillm.generate.params import SamplingParams
 from minillm.load import load, save
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer

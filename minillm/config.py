@@ -222,12 +222,15 @@ def checked(field: Field, value: Any) -> Any:
         raise ValueError(
             f"is {value!r}{nearest_choice(value, field.type)}; {describe(field.type)} is expected"
         ) from None
-    if value is not None and field.range:
-        for comparison in field.range.split(","):
-            sign, bound = comparison.split()
-            if not COMPARISONS[sign](value, float(bound)):
-                raise ValueError(f"is {value}; it must be {field.range}")
+    if value is not None and not within(value, field.range):
+        raise ValueError(f"is {value}; it must be {field.range}")
     return value
+
+
+def within(value: float, value_range: str) -> bool:
+    """Whether a number is in a range such as "> 0, <= 1" ("" is any)."""
+    comparisons = [comparison.split() for comparison in value_range.split(",") if value_range]
+    return all(COMPARISONS[sign](value, float(bound)) for sign, bound in comparisons)
 
 
 def nearest_choice(value: Any, type_: Any) -> str:
@@ -250,10 +253,13 @@ def convert(value: Any, type_: Any) -> Any:
         items = split_list(value) if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
             raise TypeError
-        if origin is tuple and len(items) != len(args):
+        kinds = args if origin is tuple and ... not in args else [args[0]] * len(items)
+        if len(items) != len(kinds):
             raise ValueError
-        kinds = args if origin is tuple else [args[0]] * len(items)
         return origin(convert(item, kind) for item, kind in zip(items, kinds))
+    if origin is dict:
+        pairs = split_pairs(value) if isinstance(value, str) else dict(value)
+        return {convert(key, args[0]): convert(item, args[1]) for key, item in pairs.items()}
     if type_ is bool:
         return value if isinstance(value, bool) else WORDS[lowered(value)]
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -273,12 +279,19 @@ def convert(value: Any, type_: Any) -> Any:
 
 
 def convert_union(value: Any, types_: Sequence[Any]) -> Any:
-    """The first member type that takes the value; the word none stands for None, and lists are tried before text."""
+    """The first member type that takes the value; the word none stands for None.
+
+    A word is tried as a `list` before text where it has a comma or bracket. A `tuple` may hold texts with both, so that
+    there only a list in JSON is several.
+    """
     if type(None) in types_ and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         return None
     members = [t for t in types_ if t is not type(None)]
-    listed = isinstance(value, (list, tuple)) or (isinstance(value, str) and ("," in value or value.startswith("[")))
-    for member in sorted(members, key=lambda t: (typing.get_origin(t) is list) != listed):
+    word = value if isinstance(value, str) else ""
+    many = isinstance(value, (list, tuple)) or json_list(word) is not None
+    first = {list: many or "," in word or word.startswith("["), tuple: many}
+    order = {origin: -1 if is_first else 1 for origin, is_first in first.items()}
+    for member in sorted(members, key=lambda t: order.get(typing.get_origin(t), 0)):
         try:
             return convert(value, member)
         except (ValueError, TypeError, KeyError):
@@ -293,9 +306,25 @@ def lowered(value: Any) -> str:
 
 
 def split_list(text: str) -> list[str]:
-    """'a, b' or '[a, "b"]' -> ['a', 'b']; '' and '[]' -> []."""
+    """'a, b' or '[a, "b"]' -> ['a', 'b']; '' and '[]' -> []; a list in JSON as it is."""
     inner = text.strip().removeprefix("[").removesuffix("]")
-    return [item.strip().strip("'\"") for item in inner.split(",") if item.strip()]
+    return json_list(text) or [item.strip().strip("'\"") for item in inner.split(",") if item.strip()]
+
+
+def json_list(text: str) -> list | None:
+    """The list that a text is in JSON, if it is one."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, list) else None
+
+
+def split_pairs(text: str) -> dict[str, str]:
+    """'a:1, b:2' or '{"a": 1, "b": 2}' -> {'a': '1', 'b': '2'}. Raises ValueError where a pair is none."""
+    items = split_list(text.strip().removeprefix("{").removesuffix("}"))
+    pairs = [item.split(":") for item in items]
+    return {key.strip().strip("'\""): value.strip() for key, value in pairs}
 
 
 def describe(type_: Any) -> str:
@@ -304,9 +333,11 @@ def describe(type_: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join("none" if member is type(None) else describe(member) for member in args)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
+        return "one of " + ", ".join(map(str, args)) if len(args) > 1 else str(args[0])
     if origin in (list, tuple):
         return f"a list of {describe(args[0]).removeprefix('a ')}s"
+    if origin is dict:
+        return " and ".join(describe(member) for member in args) + ", as KEY:VALUE,..."
     return TYPE_NAMES[type_]
 
 

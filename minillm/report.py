@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minillm.generate.engine import stream
-from minillm.generate.sampling import SamplingParams
+from minillm.generate.params import SamplingParams
 from minillm.log import curve, read_metrics
 from minillm.model.transformer import Transformer
 from minillm.run import RunDirectory

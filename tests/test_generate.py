@@ -1,18 +1,11 @@
-import math
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 from minillm.generate.engine import Completion, KVCache, generate, next_logits, stream
-from minillm.generate.sampling import (
-    SamplingParams,
-    apply_temperature,
-    apply_top_k,
-    apply_top_p,
-    choose,
-    filter_logits,
-)
+from minillm.generate.filters import choose
+from minillm.generate.params import SamplingParams
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.tokenizer import ByteTokenizer, CharTokenizer
@@ -94,107 +87,6 @@ def test_cache_takes_its_memory_once():
     assert cache.length == 8
     assert cache.k.data_ptr() == keys.data_ptr() == address
     assert keys.shape == values.shape == (1, 2, 8, 4)
-
-
-# --- sampling --------------------------------------------------------------------------------------------------------
-
-
-def random_logits(rows: int = 8, vocab: int = 50) -> torch.Tensor:
-    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(3)) * 3
-
-
-def test_filters_equal_those_of_transformers():
-    transformers = pytest.importorskip("transformers", reason="transformers is the reference; extra `test`")
-    logits = random_logits()
-    for k in (1, 2, 7, 50, 60):
-        assert torch.equal(apply_top_k(logits, k), transformers.TopKLogitsWarper(k)(None, logits))
-    for p in (1e-6, 0.1, 0.5, 0.9, 0.999):
-        assert torch.equal(apply_top_p(logits, p), transformers.TopPLogitsWarper(p)(None, logits))
-    params = SamplingParams(temperature=0.7, top_k=10, top_p=0.8)
-    theirs = transformers.TemperatureLogitsWarper(0.7)(None, logits)
-    theirs = transformers.TopPLogitsWarper(0.8)(None, transformers.TopKLogitsWarper(10)(None, theirs))
-    torch.testing.assert_close(filter_logits(logits, params).softmax(-1), theirs.softmax(-1))
-
-
-def test_top_p_keeps_the_fewest_that_reach_p():
-    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
-    for p, kept in [(0.4, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (0.95, [0, 1, 2, 3])]:
-        assert apply_top_p(logits, p).isfinite().nonzero().flatten().tolist() == kept
-
-
-def test_temperature_scales_the_distances_between_logits():
-    logits = torch.tensor([1.0, 3.0, 2.0])
-    assert apply_temperature(logits, 0.5).tolist() == [-4, 0, -2]
-    for tiny in (1e-30, 5e-324):
-        assert filter_logits(logits, SamplingParams(temperature=tiny)).softmax(-1).tolist() == [0, 1, 0]
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(),
-        SamplingParams(temperature=0.5),
-        SamplingParams(temperature=2.0, top_k=5),
-        SamplingParams(temperature=1.5, top_k=8, top_p=0.7),
-    ],
-    ids=str,
-)
-def test_sampled_frequencies_match_the_distribution(params):
-    """Chi-square over 20,000 draws, and nothing outside the distribution's support."""
-    logits = random_logits(1, 12)
-    probs = filter_logits(logits, params).softmax(-1)[0]
-    n = 20_000
-    uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    counts = choose(logits.expand(n, -1), params, uniform).bincount(minlength=12)
-    assert not counts[probs == 0].any()
-    support = probs > 0
-    expected = probs[support] * n
-    chi_square = ((counts[support] - expected) ** 2 / expected).sum().item()
-    degrees = int(support.sum()) - 1
-    assert chi_square < degrees + 5 * math.sqrt(2 * degrees)  # five standard deviations above the mean
-
-
-def test_choice_stays_inside_the_support_at_the_edges_of_the_unit_interval():
-    logits = torch.full((1, 1000), -math.inf)
-    logits[0, 300:700] = torch.randn(400, generator=torch.Generator().manual_seed(0))
-    for u in (0.0, 1e-30, 1 - 2**-24, 1.0):
-        token = choose(logits, SamplingParams(), torch.tensor([u])).item()
-        assert 300 <= token < 700
-
-
-def test_temperature_zero_is_the_most_likely_token():
-    logits = random_logits()
-    for u in (0.0, 0.99):
-        chosen = choose(logits, SamplingParams(temperature=0), torch.full((8,), u))
-        assert torch.equal(chosen, logits.argmax(-1))
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("temperature", -0.1),
-        ("temperature", math.nan),
-        ("temperature", math.inf),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("top_p", math.nan),
-        ("top_k", 0),
-        ("top_k", -2),
-        ("top_k", 1.5),
-        ("max_new_tokens", 0),
-        ("max_new_tokens", 2.0),
-        ("seed", -1),
-    ],
-)
-def test_impossible_parameters_name_the_field(field, value):
-    with pytest.raises(ValueError, match=f"^{field}: must be .*not {value!r}"):
-        SamplingParams(**{field: value})
-
-
-def test_all_impossible_parameters_are_told_at_once():
-    with pytest.raises(ValueError, match="temperature") as error:
-        SamplingParams(temperature=-1, top_p=2, top_k=0)
-    assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["temperature", "top_k", "top_p"]
 
 
 # --- prompts, stopping, text -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from minillm.cli.verb import Verb
 from minillm.distributed.device import find_device
 from minillm.files import free_directory
 from minillm.generate.engine import stream
-from minillm.generate.sampling import SamplingParams
+from minillm.generate.params import SamplingParams
 from minillm.load import export, load
 
 

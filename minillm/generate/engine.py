@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from minillm.generate.sampling import SamplingParams, choose
+from minillm.generate.filters import choose
+from minillm.generate.params import SamplingParams
 from minillm.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]  # text, or tokens that are taken as they are
