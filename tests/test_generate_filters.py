@@ -132,6 +132,14 @@ def test_presence_and_frequency_penalties_follow_openai(presence, frequency, dty
 # --- what each one means ----------------------------------------------------------------------------------------------
 
 
+def test_top_p_of_a_flat_distribution_over_many_tokens(transformers):
+    """Where more tokens are needed than are looked at first, in one of the rows."""
+    logits = random_logits(4, 5000, torch.float64) * torch.tensor([[0.1], [1.0], [0.01], [2.0]])
+    for p in (0.5, 0.9):
+        assert torch.equal(apply_top_p(logits, p), transformers.TopPLogitsWarper(p)(None, logits))
+    assert (apply_top_p(logits, 0.9).isfinite().sum(-1) > 1024).tolist() == [True, False, True, False]
+
+
 def test_top_p_keeps_the_fewest_that_reach_p():
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
     for p, kept in [(0.4, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (0.95, [0, 1, 2, 3])]:
@@ -153,11 +161,11 @@ def test_temperature_scales_the_distances_between_logits():
     assert flat.tolist() == [[0.5, 0, 0.5]]
 
 
-def test_ties_stay_together_but_where_top_p_must_cut():
+def test_ties_stay_together():
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
     assert apply_top_k(logits, 2).isfinite().tolist() == [[True, True, True, True, False]]
     assert apply_min_p(logits, math.exp(-1.001)).isfinite().tolist() == [[True, True, True, True, False]]
-    assert apply_top_p(torch.zeros(1, 4), 0.5).isfinite().tolist() == [[True, True, False, False]]
+    assert apply_top_p(logits, 0.7).isfinite().tolist() == [[True, True, True, True, False]]
 
 
 def test_bias_of_minus_100_all_but_excludes_and_minus_infinity_does():
