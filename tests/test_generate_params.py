@@ -59,6 +59,7 @@ BEAMS = {"use_beam_search": True, "num_beams": 4}
         ("use_beam_search", 0),
         ("num_beams", 0),
         ("length_penalty", math.nan),
+        ("length_penalty", 11),
         ("early_stopping", "always"),
     ],
 )
@@ -87,6 +88,7 @@ def test_every_field_is_checked():
         ({"early_stopping": "never"}, "early_stopping: belongs to beam search"),
         ({"use_beam_search": True}, "num_beams: beam search needs at least 2"),
         ({**BEAMS, "n": 5}, "n: 5 completions are more than num_beams 4"),
+        ({**BEAMS, "stop": "x"}, "stop: beam search ends at tokens, not at text"),
         ({**BEAMS, "temperature": 0.7}, "temperature: belongs to sampling"),
         ({**BEAMS, "top_k": 5}, "top_k: belongs to sampling"),
         ({**BEAMS, "top_p": 0.9}, "top_p: belongs to sampling"),

@@ -52,7 +52,9 @@ class SamplingParams:
     prompt_logprobs: Annotated[int | None, "the same at each token of the prompt (none: do not)", ">= 0"] = None
     use_beam_search: Annotated[bool, "search for the likeliest completion instead of sampling"] = False
     num_beams: Annotated[int, "beginnings that beam search keeps at once", ">= 1"] = 1
-    length_penalty: Annotated[float, "beam search: above 0 favours longer completions, below 0 shorter"] = 1.0
+    length_penalty: Annotated[
+        float, "beam search: above 0 favours longer completions, below 0 shorter", ">= -10, <= 10"
+    ] = 1.0
     early_stopping: Annotated[
         bool | Literal["never"],
         "beam search ends: true at num_beams finished, false when better is unlikely, never when impossible",
@@ -200,6 +202,8 @@ def impossible_with_beams(params: SimpleNamespace) -> Iterator[str]:
         yield "num_beams: beam search needs at least 2"
     elif params.n > params.num_beams:
         yield f"n: {params.n} completions are more than num_beams {params.num_beams}"
+    if params.stop:
+        yield "stop: beam search ends at tokens, not at text; use stop_token_ids"
     for name in SAMPLING_ONLY:
         if changed(params, name):
             yield f"{name}: belongs to sampling; leave it out, or leave out use_beam_search"
