@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Forks
+from small import write_small
 from torch.distributed.run import get_args_parser
 
 import train
@@ -21,36 +22,6 @@ from minillm import checkpoint
 from minillm.distributed import launch
 from minillm.log import read_metrics
 
-SMALL = """
-[run]
-dir = "runs/small"
-[tokenizer]
-kind = "byte"
-[data]
-path = "text.txt"
-val = 0.1
-seq_len = 32
-document = "line"
-[model]
-dim = 32
-n_layers = 2
-n_heads = 2
-ffn_dim = 64
-max_seq_len = 64
-dropout = 0.1
-[optim]
-lr = 1e-2
-[train]
-max_steps = 12
-batch_tokens = 256
-micro_batch_size = 2
-save_every = 5
-eval_every = 6
-[log]
-every = 1
-samples = 0
-curves = false
-"""
 RUN = Path("runs/small")
 ROOT = Path(__file__).parent.parent
 
@@ -65,15 +36,13 @@ def forks(tmp_path_factory):
 def workplace(tmp_path, monkeypatch):
     """A directory with a small corpus and a small config."""
     monkeypatch.chdir(tmp_path)
-    words = random.Random(0).choices("the a cat dog sat ran on under mat hill and then it slept".split(), k=2500)
-    (tmp_path / "text.txt").write_text("\n".join(" ".join(words[i : i + 12]) for i in range(0, 2500, 12)))
-    (tmp_path / "small.toml").write_text(SMALL)
+    write_small(tmp_path)
     return tmp_path
 
 
 def start(forks, *words, ranks=2, fault=None, **environment):
     """Start train.py on some ranks; a fault is where, on which rank, at which call, and what happens there."""
-    words = [json.dumps(fault), "small.toml", *map(str, words)]
+    words = [json.dumps(fault), "small.toml", "--train.micro_batch_size", "2", *map(str, words)]
     return forks.start(ranks, "test_faults:faulty", words, **environment)
 
 
@@ -158,7 +127,7 @@ def test_a_rank_that_raises_ends_all_and_is_named(workplace, forks, place, rank)
 
 
 def test_a_rank_that_sleeps_ends_all_within_the_timeout_and_is_named(workplace, forks):
-    words = ["--parallel.timeout", 5, "--log.ranks", "true"]
+    words = ["--parallel.timeout", 10, "--log.ranks", "true"]
     ranks = start(forks, *words, fault=fault_at("reading batches", "sleep", call=3))
     assert ranks.wait() == [1, 1]
     found = (

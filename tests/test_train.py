@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small import write_small
 
 import minillm
 import train
@@ -26,45 +27,13 @@ from minillm.recipe import fitting, other_shape, read_layers
 from minillm.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).parent.parent
-SMALL = """
-[run]
-dir = "runs/small"
-[tokenizer]
-kind = "byte"
-[data]
-path = "text.txt"
-val = 0.1
-seq_len = 32
-document = "line"
-[model]
-dim = 32
-n_layers = 2
-n_heads = 2
-ffn_dim = 64
-max_seq_len = 64
-dropout = 0.1
-[optim]
-lr = 1e-2
-[train]
-max_steps = 12
-batch_tokens = 256
-micro_batch_size = 4
-save_every = 5
-eval_every = 6
-[log]
-every = 1
-samples = 1
-curves = false
-"""
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A directory with a small corpus and a small config, and nothing that survives the test."""
     monkeypatch.chdir(tmp_path)
-    words = random.Random(0).choices("the a cat dog sat ran on under mat hill and then it slept".split(), k=2500)
-    (tmp_path / "text.txt").write_text("\n".join(" ".join(words[i : i + 12]) for i in range(0, 2500, 12)))
-    (tmp_path / "small.toml").write_text(SMALL)
+    write_small(tmp_path)
     return tmp_path
 
 
@@ -106,7 +75,7 @@ def test_penalties_are_trained_with_and_reported_beside_the_loss(workplace):
 
 
 def test_a_run_leaves_everything_that_it_promises(workplace, capsys):
-    assert run() == 0
+    assert run("--log.samples", 1) == 0
     shown = capsys.readouterr().out
     directory = workplace / "runs" / "small"
     rows = read_metrics(directory / "metrics.jsonl")
@@ -367,7 +336,7 @@ def test_a_mistake_does_not_hide_the_next(workplace, capsys, words, names):
 def test_samples_are_shown_however_short_the_context_and_the_documents(workplace, capsys, seq_len):
     (workplace / "text.txt").write_text("hen\negg\nfarm\n" * 200)
     length = ["--data.seq_len", seq_len, "--model.max_seq_len", seq_len, "--train.batch_tokens", 20]
-    assert run("--data.document", "line", "--data.val", 0, *length) == 0
+    assert run("--data.document", "line", "--data.val", 0, "--log.samples", 1, *length) == 0
     said = capsys.readouterr().out
     assert "a beginning of the text" in said
     assert "<s>" not in said

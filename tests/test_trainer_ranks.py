@@ -18,8 +18,10 @@ from minillm.model.init import init_weights
 from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
 from minillm.optim import OptimConfig, build_optimizer
+from minillm.run import RunDirectory
 from minillm.tensors import local_part, parameter_names
 from minillm.trainer import TrainConfig, Trainer
+from minillm.trainer.spikes import FEWEST
 
 ROWS, T, V = 8, 16, 56
 STEPS = 20
@@ -127,37 +129,86 @@ def test_the_run_is_the_same_however_it_is_divided(alone, case):
                 assert distance < 1e-5, (parameter, distance)
 
 
-class Poisoned(NextToken):
-    """Its loss is finite, and its gradient is not, on one rank, in some steps."""
+def gradient_times(factor):
+    """Makes a loss whose value stays, and whose gradient is so many times as large."""
 
-    def __init__(self, dist, bad_steps):
+    def spoil(loss):
+        loss.register_hook(lambda gradient: gradient * factor)
+        return loss
+
+    return spoil
+
+
+class Spoiled(NextToken):
+    """Its loss is spoiled on rank 1 in some steps, of a micro-batch each; `spoils` says how, by the step."""
+
+    def __init__(self, dist, spoils, first=0):
         super().__init__(V)
-        self.dist, self.bad_steps, self.step = dist, bad_steps, -1
+        self.spoils, self.step = spoils if dist.rank == 1 else {}, first
+
+    def count(self, batch):
+        self.step += 1
+        return super().count(batch)
 
     def __call__(self, model, batch):
-        self.step += 1
         loss, metrics = super().__call__(model, batch)
-        if self.step in self.bad_steps and self.dist.rank == 1:
-            loss.register_hook(lambda gradient: gradient * math.nan)
-        return loss, metrics
+        return self.spoils.get(self.step, lambda loss: loss)(loss), metrics
+
+
+def untouched(trainer, last):
+    """The steps up to the last that change neither weights nor moments."""
+    found = []
+    while trainer.progress.step < last:
+        before = local_tensors(trainer)
+        trainer.step()
+        after = local_tensors(trainer)
+        if all(torch.equal(before[name], after[name]) for name in before):
+            found.append(trainer.progress.step)
+        assert all(tensor.isfinite().all() for tensor in after.values())
+    return found
+
+
+def local_tensors(trainer):
+    return {name: local_part(tensor)[0].clone() for name, tensor in trainer.tensors().items()}
 
 
 def skip_one(chosen):
     with connect("cpu", timeout=60) as dist:
-        trainer = make(dist, chosen, 1, {}, objective=Poisoned(dist, [3]))
-        steps = []
-        for step in range(5):
-            before = {name: local_part(tensor)[0].clone() for name, tensor in trainer.tensors().items()}
-            steps.append(trainer.step())
-            after = {name: local_part(tensor)[0] for name, tensor in trainer.tensors().items()}
-            steps[-1]["untouched"] = all(torch.equal(before[name], after[name]) for name in before)
-            assert all(tensor.isfinite().all() for tensor in after.values()), step
-        return [one["untouched"] for one in steps], trainer.progress.skipped_steps
+        trainer = make(dist, chosen, 1, {}, objective=Spoiled(dist, {4: gradient_times(math.nan)}))
+        return untouched(trainer, 5), trainer.progress.skipped_steps
 
 
-@pytest.mark.parametrize("chosen", [Layout("ddp", 2, 1, 1), Layout("fsdp", 1, 2, 1)], ids=["ddp", "fsdp"])
+TWO_RANKS = pytest.mark.parametrize(
+    "chosen", [Layout("ddp", 2, 1, 1), Layout("fsdp", 1, 2, 1)], ids=lambda chosen: chosen.strategy
+)
+
+
+@TWO_RANKS
 def test_a_gradient_that_is_not_finite_on_one_rank_is_a_step_skipped_by_all(chosen):
-    assert run_ranks(2, skip_one, chosen) == [([False, False, False, True, False], 1)] * 2
+    assert run_ranks(2, skip_one, chosen) == [([4], 1)] * 2
+
+
+def skip_spikes(chosen, path):
+    """Steps skipped and spikes counted, by a run that goes through and by one resumed before the spikes."""
+    stop, last = FEWEST + 5, FEWEST + 12
+    spoils = {stop + 2: lambda loss: 100 * loss, stop + 5: gradient_times(100)}
+    with connect("cpu", timeout=60) as dist:
+        whole, resumed = (
+            make(dist, chosen, 1, {}, objective=Spoiled(dist, spoils, first), spike="skip", run=RunDirectory(path))
+            for first in (0, stop)
+        )
+        while whole.progress.step < stop:
+            whole.step()
+        resumed.resume(whole.save())
+        found = [[step - stop for step in untouched(trainer, last)] for trainer in (whole, resumed)]
+        ours, theirs = local_tensors(whole), local_tensors(resumed)
+        return found, whole.progress.spikes, [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+@TWO_RANKS
+def test_a_spike_on_one_rank_is_a_step_skipped_by_all_also_after_a_resume(tmp_path, chosen):
+    """The resumed run has seen too few steps to know a spike, but for those that the checkpoint tells it of."""
+    assert run_ranks(2, skip_spikes, chosen, tmp_path) == [([[2, 5], [2, 5]], 2, [])] * 2
 
 
 def parameters_by_name():
