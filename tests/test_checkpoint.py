@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 
 from minillm import checkpoint
-from minillm.checkpoint.manifest import signed
+from minillm.checkpoint.layout import Box
+from minillm.checkpoint.manifest import MAX_PIECES, signed
 from minillm.checkpoint.shard import write_shard
 from minillm.files import machine
 
@@ -112,7 +113,7 @@ def test_manifest_lists_every_file_and_tensor(saved):
     assert manifest["tensors"]["embed.weight"] == {
         "dtype": "F32",
         "shape": [5, 4],
-        "pieces": [{"file": "model-00000.safetensors", "offset": [0, 0], "shape": [5, 4]}],
+        "pieces": {"model-00000.safetensors": Box((0, 0), (5, 4))},
     }
 
 
@@ -125,25 +126,63 @@ def test_model_loads_without_the_optimizers_file(saved):
 
 
 def test_pieces_in_many_files_are_put_together(saved):
-    """What two ranks would write: one has the upper rows of a tensor, the other the lower in two column blocks."""
+    """What three ranks would write: one has the upper rows of a tensor, the others the lower in two column blocks."""
     whole = torch.arange(24.0).view(6, 4)
-    parts = {"a": ([0, 0], whole[:4]), "b": ([4, 0], whole[4:, :1]), "c": ([4, 1], whole[4:, 1:])}
-    _, manifest = checkpoint.read(saved)
-    manifest["tensors"] = {"w": {"dtype": "F32", "shape": [6, 4], "pieces": []}}
-    for name, (offset, part) in parts.items():
-        manifest["files"][name] = write_shard(saved / name, {"w": part})
-        piece = {"file": name, "offset": offset, "shape": list(part.shape)}
-        manifest["tensors"]["w"]["pieces"].append(piece)
-    rewrite(saved, manifest)
+    parts = [([0, 0], whole[:4]), ([4, 0], whole[4:, :1]), ([4, 1], whole[4:, 1:])]
+    for rank, (_, part) in enumerate(parts):
+        write_shard(saved / f"model-{rank:05d}.safetensors", {"w": part})
+    claim(saved, [(rank, offset, part.shape) for rank, (offset, part) in enumerate(parts)], [6, 4])
     into = {"w": torch.zeros(6, 4)}
     checkpoint.load_tensors(saved, into)
     assert torch.equal(into["w"], whole)
+
+
+def as_written(path: Path) -> dict:
+    """The manifest as it is in the file."""
+    return json.loads((path / "manifest.json").read_text())
 
 
 def rewrite(path: Path, manifest: dict) -> None:
     """A manifest that its own hash confirms, whatever it says."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     (path / "manifest.json").write_bytes(signed(body))
+
+
+def claim(path: Path, pieces: list, shape: list[int], form: int = 3) -> Path:
+    """Make a manifest confirm the files that are there, and say that they hold one tensor, of these pieces."""
+    files = {p.name: p.read_bytes() for p in path.iterdir() if p.name != "manifest.json"}
+    files = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    if form == 3:
+        said = {"cuts": [{"shape": shape, "pieces": pieces}], "tensors": {"w": {"dtype": "F32", "cut": 0}}}
+    else:
+        pieces = [{"file": file, "offset": offset, "shape": size} for file, offset, size in pieces]
+        said = {"tensors": {"w": {"dtype": "F32", "shape": shape, "pieces": pieces}}}
+    rewrite(path, {"format": form, "step": 1, "files": files, **said})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("form", "sha256"),
+    [
+        (1, "94ce4d609b12de5d715949573cefe1a8f4ff52924d2de0195fe100660934b022"),
+        (2, "8a32e91e9222ff6719d7bb2e43774b26b06a747674dc28c7a57d1af4d393845e"),
+    ],
+)
+def test_checkpoints_of_earlier_formats_are_read(tmp_path, form, sha256):
+    """A manifest as those versions wrote it: their hash of it proves that not a byte is different."""
+    tensors = {"w": torch.tensor([[1.0, 2.0]]), "optim.exp_avg.w": torch.tensor([[3.0, 4.0]])}
+    path = checkpoint.save(tmp_path, 3, tensors, {"step": 3})
+    place = {"offset": [0, 0], "shape": [1, 2]}
+    stored = {
+        name: {"dtype": "F32", "shape": [1, 2], "pieces": [{"file": f"{kind}-00000.safetensors", **place}]}
+        for kind, name in zip(("model", "optim"), tensors)
+    }
+    body = {"format": form, "step": 3, "files": as_written(path)["files"], "tensors": stored, "sha256": sha256}
+    style = {"indent": 1} if form == 1 else {"separators": (",", ":")}
+    (path / "manifest.json").write_text(json.dumps(body, **style) + "\n")
+    into = blank(tensors)
+    assert checkpoint.load_tensors(path, into) == {"step": 3}
+    assert same(into, tensors)
 
 
 def test_saving_and_loading_take_no_second_copy(tmp_path):
@@ -281,9 +320,8 @@ def test_file_of_another_checkpoint(saved):
 
 
 def test_newer_format_is_named(saved):
-    _, manifest = checkpoint.read(saved)
-    rewrite(saved, manifest | {"format": 3})
-    assert_refused(saved, make_tensors(), "written in format 3; this version of minillm reads format 2 and older")
+    rewrite(saved, as_written(saved) | {"format": 4})
+    assert_refused(saved, make_tensors(), "written in format 4; this version of minillm reads format 3 and older")
 
 
 def test_incompatible_config_lists_everything_that_differs(saved):
@@ -343,17 +381,15 @@ HOSTILE = {
 }
 
 
-def confirmed(path: Path, shard: bytes, **changes) -> Path:
-    """A checkpoint of one tensor in one file, with a manifest whose hashes agree; `changes` go into the piece."""
-    path.mkdir(exist_ok=True)
-    (path / "w.safetensors").write_bytes(shard)
+SHARD = "model-00000.safetensors"
+
+
+def confirmed(path: Path, shard: bytes) -> Path:
+    """A checkpoint of one tensor in one file, with a manifest whose hashes agree."""
+    path.mkdir()
+    (path / SHARD).write_bytes(shard)
     (path / "state.json").write_text("{}")
-    files = {p.name: p.read_bytes() for p in path.iterdir() if p.name != "manifest.json"}
-    files = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    piece = {"file": "w.safetensors", "offset": [0], "shape": [1]} | changes
-    tensors = {"w": {"dtype": "F32", "shape": [1], "pieces": [piece]}}
-    rewrite(path, {"format": 1, "step": 1, "files": files, "tensors": tensors})
-    return path
+    return claim(path, [(0, [0], [1])], [1])
 
 
 GOOD_SHARD = hostile_shard({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"\0\0\x80?")
@@ -362,22 +398,22 @@ GOOD_SHARD = hostile_shard({"w": {"dtype": "F32", "shape": [1], "data_offsets": 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_shard_is_refused(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    assert_refused(confirmed(tmp_path / "c", HOSTILE[kind]), {"w": torch.zeros(1)}, r"w\.safetensors")
+    assert_refused(confirmed(tmp_path / "c", HOSTILE[kind]), {"w": torch.zeros(1)}, SHARD)
     assert names(tmp_path) == ["c"]
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b", "..", ".hidden", "a\\b", "", "a\0b"])
 def test_file_names_that_lead_elsewhere_are_refused(tmp_path, name):
     (tmp_path / "outside.safetensors").write_bytes(GOOD_SHARD)
-    path = confirmed(tmp_path / "c", GOOD_SHARD)
-    _, manifest = checkpoint.read(path)
-    manifest["files"][name] = manifest["files"].pop("w.safetensors")
-    manifest["tensors"]["w"]["pieces"][0]["file"] = name
+    path = claim(confirmed(tmp_path / "c", GOOD_SHARD), [(name, [0], [1])], [1], form=2)
+    assert_refused(path, {"w": torch.zeros(1)}, "which is not listed")
+    manifest = as_written(path)
+    manifest["files"][name] = manifest["files"].pop(SHARD)
     rewrite(path, manifest)
     assert_refused(path, {"w": torch.zeros(1)}, "is not a plain file name")
 
 
-@pytest.mark.parametrize("file", ["w.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("file", [SHARD, "state.json", "manifest.json"])
 def test_symbolic_links_and_pipes_are_refused(tmp_path, file):
     path = confirmed(tmp_path / "c", GOOD_SHARD)
     (path / file).rename(tmp_path / file)
@@ -388,75 +424,106 @@ def test_symbolic_links_and_pipes_are_refused(tmp_path, file):
     assert_refused(path, {"w": torch.zeros(1)}, f"{file}: is not a plain file")
 
 
+PLACES = [
+    ([1], [1]),
+    ([-1], [1]),
+    ([0.0], [1]),
+    ([False], [1]),
+    ([], [1]),
+    ([0], [2]),
+    ([0], [0]),
+    ([0, 0], [1, 1]),
+    ([0], None),
+    (0, 1),
+]
+HOLDERS = {
+    2: ["state.json", "missing", [SHARD], None, 0],
+    3: [1, -1, 10**9, 10**100, True, False, 0.0, None, "0", [0], SHARD],
+}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("form", "piece"),
     [
-        {"offset": [1]},
-        {"offset": [-1]},
-        {"offset": [0.0]},
-        {"offset": []},
-        {"shape": [2]},
-        {"shape": [0]},
-        {"shape": [1, 1], "offset": [0, 0]},
-        {"shape": None},
-        {"file": "state.json"},
-        {"file": "missing"},
-        {"file": ["w.safetensors"]},
+        *((3, (0, *place)) for place in PLACES),
+        *((2, (SHARD, *place)) for place in PLACES),
+        *((form, (holder, [0], [1])) for form, holders in HOLDERS.items() for holder in holders),
+        *((3, piece) for piece in ([], [0], [0, [0]], [0, [0], [1], [1]], {}, "0", 0, None)),
     ],
     ids=str,
 )
-def test_pieces_that_do_not_make_up_the_tensor_are_refused(tmp_path, changes):
-    assert_refused(confirmed(tmp_path / "c", GOOD_SHARD, **changes), {"w": torch.zeros(1)}, "c/")
+def test_pieces_that_do_not_make_up_the_tensor_are_refused(tmp_path, form, piece):
+    path = confirmed(tmp_path / "c", GOOD_SHARD)
+    assert_refused(claim(path, [piece], [1], form), {"w": torch.zeros(1)}, "c/")
 
 
-def two_pieces(path: Path, offsets: tuple[int, int], files: tuple[str, str], shape: list[int]) -> Path:
+@pytest.mark.parametrize("cut", [1, -1, 10**100, True, False, 0.0, None, "0", [0], [], {}])
+def test_cuts_that_are_not_there_are_refused(tmp_path, cut):
+    path = confirmed(tmp_path / "c", GOOD_SHARD)
+    rewrite(path, as_written(path) | {"tensors": {"w": {"dtype": "F32", "cut": cut}}})
+    assert_refused(path, {"w": torch.zeros(1)}, r"manifest\.json: not a manifest: w has cut .* of 1")
+
+
+@pytest.mark.parametrize("cuts", [None, {}, [], 0, "cut", [None], [[]], [{}], [{"shape": [1]}], [{"pieces": []}]])
+def test_what_is_no_list_of_cuts_is_refused(tmp_path, cuts):
+    path = confirmed(tmp_path / "c", GOOD_SHARD)
+    rewrite(path, as_written(path) | {"cuts": cuts})
+    assert_refused(path, {"w": torch.zeros(1)}, r"manifest\.json: not a manifest")
+
+
+def test_a_short_manifest_of_very_many_pieces_is_refused(tmp_path):
+    """Thousands of tensors of the same thousands of pieces; and a tensor of as many dimensions as there may be."""
+    path = confirmed(tmp_path / "c", GOOD_SHARD)
+    n = math.isqrt(MAX_PIECES) + 1
+    tensors = {f"{i}": {"dtype": "F32", "cut": 0} for i in range(n)}
+    rewrite(claim(path, [(i, [i], [1]) for i in range(n)], [n]), as_written(path) | {"tensors": tensors})
+    assert_refused(path, {"w": torch.zeros(1)}, f"{n * n} pieces are more than any run makes")
+    claim(path, [(i, [i] + [0] * 7, [1] * 8) for i in range(20_000)], [20_000] + [1] * 7)
+    assert_refused(path, {"w": torch.zeros(1)}, "cut 0 has 20000 pieces, more than any run makes")
+
+
+def two_pieces(path: Path, offsets: tuple[int, int], ranks: tuple[int, int], shape: list[int], form: int) -> Path:
     """A tensor of two pieces of one number each, in files whose hashes the manifest confirms."""
     confirmed(path, GOOD_SHARD)
-    (path / "v.safetensors").write_bytes(GOOD_SHARD)
-    _, manifest = checkpoint.read(path)
-    manifest["files"]["v.safetensors"] = manifest["files"]["w.safetensors"]
-    pieces = [{"file": file, "offset": [offset], "shape": [1]} for file, offset in zip(files, offsets)]
-    manifest["tensors"]["w"] = {"dtype": "F32", "shape": shape, "pieces": pieces}
-    rewrite(path, manifest)
-    return path
+    files = [f"model-{rank:05d}.safetensors" for rank in ranks]
+    for file in files:
+        (path / file).write_bytes(GOOD_SHARD)
+    holders = ranks if form == 3 else files
+    return claim(path, [(holder, [offset], [1]) for holder, offset in zip(holders, offsets)], shape, form)
 
 
-BOTH = ("w.safetensors", "v.safetensors")
-
-
+@pytest.mark.parametrize("form", [2, 3])
 @pytest.mark.parametrize(
-    ("offsets", "files", "shape"),
+    ("offsets", "ranks", "shape"),
     [
-        ((0, 0), BOTH, [2]),  # as many numbers as the whole has, one of them twice and one of them never
-        ((1, 1), BOTH, [2]),
-        ((0, 0), BOTH, [1]),
-        ((0, 1), BOTH, [3]),
-        ((0, 1), ("w.safetensors", "w.safetensors"), [2]),  # one name in a file is one tensor
-        ((0, 2**63 - 1), BOTH, [2**63]),
+        ((0, 0), (0, 1), [2]),  # as many numbers as the whole has, one of them twice and one of them never
+        ((1, 1), (0, 1), [2]),
+        ((0, 0), (0, 1), [1]),
+        ((0, 1), (0, 1), [3]),
+        ((0, 1), (0, 0), [2]),  # one name in a file is one tensor
+        ((0, 2**63 - 1), (0, 1), [2**63]),
     ],
 )
-def test_pieces_that_overlap_or_leave_gaps_are_refused(tmp_path, offsets, files, shape):
+def test_pieces_that_overlap_or_leave_gaps_are_refused(tmp_path, offsets, ranks, shape, form):
     into = {"w": torch.zeros(2)}
-    checkpoint.load_tensors(two_pieces(tmp_path / "good", (0, 1), BOTH, [2]), into)
+    checkpoint.load_tensors(two_pieces(tmp_path / "good", (0, 1), (0, 1), [2], form), into)
     assert into["w"].tolist() == [1, 1]
-    assert_refused(two_pieces(tmp_path / "c", offsets, files, shape), {"w": torch.zeros(2)}, r"manifest\.json: not a")
+    hostile = two_pieces(tmp_path / "c", offsets, ranks, shape, form)
+    assert_refused(hostile, {"w": torch.zeros(2)}, r"manifest\.json: not a")
 
 
 @pytest.mark.parametrize("shape", [[2**63], [2**63, 2**63], [1] * 9, [True], [1.0], [-1, -1], None, {}, 1])
 def test_impossible_shapes_in_the_manifest_are_refused(tmp_path, shape):
     path = confirmed(tmp_path / "c", GOOD_SHARD)
-    _, manifest = checkpoint.read(path)
     offset = [0] * len(shape) if isinstance(shape, list) else shape
-    pieces = [{"file": "w.safetensors", "offset": offset, "shape": shape}]
-    manifest["tensors"]["w"] = {"dtype": "F32", "shape": shape, "pieces": pieces}
-    rewrite(path, manifest)
-    assert_refused(path, {"w": torch.zeros(1)}, r"manifest\.json: not a manifest|w\.safetensors: ")
+    claim(path, [(0, offset, shape)], shape)
+    assert_refused(path, {"w": torch.zeros(1)}, rf"manifest\.json: not a manifest|{SHARD}: ")
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "state.json"])
 def test_json_of_100_mb_is_refused_unread(tmp_path, file):
     path = confirmed(tmp_path / "c", GOOD_SHARD)
-    _, manifest = checkpoint.read(path)
+    manifest = as_written(path)
     manifest["files"]["state.json"]["size"] = 100 * 2**20
     rewrite(path, manifest)
     os.truncate(path / file, 100 * 2**20)

@@ -1,5 +1,6 @@
 """Checkpoints of several ranks: who writes what, and any number of ranks reading what any other wrote."""
 
+import functools
 import math
 import resource
 from collections import Counter
@@ -14,8 +15,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 from minillm import checkpoint
-from minillm.checkpoint.layout import Box, deal, make_up
+from minillm.checkpoint.layout import Box, Layout, deal, make_up
+from minillm.checkpoint.manifest import file_of, make_manifest, read_manifest
 from minillm.distributed.context import connect
+from minillm.model.config import ModelConfig
+from minillm.model.presets import preset_fields
+from minillm.model.transformer import Transformer
 from minillm.optim import optimizer_tensors
 from minillm.tensors import is_sharded, local_part, parameter_names
 
@@ -63,6 +68,36 @@ def test_what_one_rank_holds_it_writes_and_replicas_share():
 def test_ranks_without_rows_write_nothing():
     held = [[Box((i, 0), (1, 2))] for i in range(2)] + [[Box((2, 0), (0, 2))]] * 2
     assert deal({"w": (FLOAT, [2, 2])}, held) == {"w": [(0, held[0][0]), (1, held[1][0])]}
+
+
+def test_the_manifest_of_a_thousand_ranks_is_small(tmp_path):
+    """A tenth of the blocks of 70B parameters, under AdamW, in rows over 1,024 ranks; all pieces come back."""
+    n = 1024
+    with torch.device("meta"):
+        parameters = dict(Transformer(ModelConfig(**preset_fields("llama3-70b") | {"n_layers": 8})).named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    moments = [f"optim.{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq") for name in shapes]
+    shapes |= {name: shapes[name.split(".", 2)[2]] for name in moments}
+
+    @functools.cache
+    def part(shape: tuple[int, ...], rank: int) -> Box:
+        length = -(-shape[0] // n)
+        begin, end = (min(length * i, shape[0]) for i in (rank, rank + 1))
+        return Box((begin, *(0 for _ in shape[1:])), (end - begin, *shape[1:]))
+
+    described = {name: (FLOAT, list(shape)) for name, shape in shapes.items()}
+    pieces = deal(described, [[part(shape, rank) for shape in shapes.values()] for rank in range(n)])
+    entry = {"size": 8, "sha256": "0" * 64}
+    files = {"state.json": entry} | {file_of(name, rank): entry for rank in range(n) for name in ("w", "optim.w")}
+    data = make_manifest(Layout(described, pieces), files, step=1)
+    assert len(data) < 2**20
+    (tmp_path / "manifest.json").write_bytes(data)
+    tensors = read_manifest(tmp_path)["tensors"]
+    assert sum(len(entry["pieces"]) for entry in tensors.values()) > 200_000
+    for name, entry in tensors.items():
+        assert entry["shape"] == described[name][1]
+        assert [*entry["pieces"].values()] == [box for _, box in pieces[name]]
+        assert next(reversed(entry["pieces"])) == file_of(name, pieces[name][-1][0])
 
 
 @pytest.mark.parametrize(
@@ -205,7 +240,7 @@ def test_every_rank_writes_its_share(written, name, n):
     data = sum(4 * t.numel() for t in numbers(7).values())
     assert sum(bytes_of.values()) < data + 2 * n * 4096  # nothing twice; headers
     if name.startswith("ddp"):
-        sizes = [math.prod(piece["shape"]) * 4 for t in manifest["tensors"].values() for piece in t["pieces"]]
+        sizes = [math.prod(box.shape) * 4 for t in manifest["tensors"].values() for box in t["pieces"].values()]
         assert sum(sizes) == data
         assert max(bytes_of.values()) - min(bytes_of.values()) < 3000  # headers, and the longest row
 

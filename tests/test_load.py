@@ -10,8 +10,9 @@ import safetensors.torch
 import torch
 
 from minillm import checkpoint
-from minillm.checkpoint.manifest import signed
-from minillm.checkpoint.shard import write_shard
+from minillm.checkpoint.folder import write_shards
+from minillm.checkpoint.layout import Box, Layout, own_pieces
+from minillm.checkpoint.manifest import make_manifest
 from minillm.load import export, load, save
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -151,24 +152,20 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 # --- one file of many -------------------------------------------------------------------------------------------------
 
 
-def in_pieces(path: Path, manifest: dict) -> None:
-    """Cut each matrix of a checkpoint into an upper half and two lower quarters, each in a file of its own."""
-    tensors = checkpoint_tensors(path, manifest)
+def in_pieces(path: Path) -> None:
+    """Cut each matrix of a checkpoint into an upper half and two lower quarters, as three ranks would write them."""
+    _, manifest = checkpoint.read(path)
+    tensors, pieces = checkpoint_tensors(path, manifest), {}
     for name, tensor in tensors.items():
-        if tensor.ndim < 2:
-            continue
-        rows, columns = (size // 2 for size in tensor.shape)
-        places = {(0, 0): tensor[:rows], (rows, 0): tensor[rows:, :columns], (rows, columns): tensor[rows:, columns:]}
-        pieces = []
-        for i, (offset, part) in enumerate(places.items()):
-            file = f"{name}-{i}.safetensors"
-            manifest["files"][file] = write_shard(path / file, {name: part})
-            pieces.append({"file": file, "offset": list(offset), "shape": list(part.shape)})
-        manifest["tensors"][name]["pieces"] = pieces
-    rest = {name: tensor for name, tensor in tensors.items() if tensor.ndim < 2}
-    manifest["files"]["model-00000.safetensors"] = write_shard(path / "model-00000.safetensors", rest)
-    del manifest["sha256"]
-    (path / "manifest.json").write_bytes(signed(manifest))
+        pieces[name] = [(0, Box((0,) * tensor.ndim, tuple(tensor.shape)))]
+        if tensor.ndim == 2:
+            (rows, columns), (a, b) = tensor.shape, (size // 2 for size in tensor.shape)
+            places = [Box((0, 0), (a, columns)), Box((a, 0), (rows - a, b)), Box((a, b), (rows - a, columns - b))]
+            pieces[name] = [*enumerate(places)]
+    layout = Layout({name: (t.dtype, list(t.shape)) for name, t in tensors.items()}, pieces)
+    for rank in range(3):
+        manifest["files"] |= write_shards(path, own_pieces(layout, tensors, rank), rank)
+    (path / "manifest.json").write_bytes(make_manifest(layout, manifest["files"], manifest["step"]))
 
 
 def checkpoint_tensors(path: Path, manifest: dict) -> dict[str, torch.Tensor]:
@@ -185,8 +182,8 @@ def test_many_files_are_exported_as_one(run, tmp_path):
     model = make_model(30)
     model.blocks[0].mlp.up_proj.bfloat16()
     path = add_checkpoint(run, 30, model)
-    in_pieces(path, checkpoint.read(path)[1])
-    assert len(list(path.glob("*.safetensors"))) > 10
+    in_pieces(path)
+    assert len(list(path.glob("model-*.safetensors"))) == 3
     out = export(run, tmp_path / "out")
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json",

@@ -7,14 +7,14 @@ any number of them can read. It carries its own hash, is written last, and nothi
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minillm.checkpoint.layout import Box, Layout, held_here, intersection, lay_out, own_pieces, tied_groups
-from minillm.checkpoint.manifest import MANIFEST, STATE, file_of, make_manifest, pieces_of, read_manifest, spell
+from minillm.checkpoint.manifest import MANIFEST, STATE, file_of, files_of, make_manifest, read_manifest, spell
 from minillm.checkpoint.ranks import ALONE, on_every_rank, on_main
 from minillm.checkpoint.shard import (
     DTYPES,
@@ -112,13 +112,14 @@ def verify(path: str | Path, skip: str | None = None, dist: Context = ALONE) -> 
         extra = sorted(p.name for p in path.iterdir() if p.name not in manifest["files"] and p.name != MANIFEST)
         if extra and dist.is_main:
             logger.warning("%s: not in the manifest and ignored: %s", path, ", ".join(extra))
-        unread = {file for _, file, _ in pieces_of(manifest)} - {file for _, file, _ in pieces_of(manifest, skip)}
+        unread = files_of(manifest) - files_of(manifest, skip)
         sizes = {name: entry["size"] for name, entry in manifest["files"].items() if name not in unread}
         own = share_of(sizes, dist)
         for name in own:
             size, sha256 = manifest["files"][name]["size"], manifest["files"][name]["sha256"]
             require(file_hash(path / name, size) == sha256, f"{path / name}: not what was saved (its sha256 differs)")
-        check_headers(path, manifest, own)
+        for file in files_of(manifest).intersection(own):
+            check_header(path, manifest, file)
         found.append((state, manifest))
         return manifest["sha256"]
 
@@ -139,19 +140,16 @@ def share_of(sizes: Mapping[str, int], dist: Context) -> list[str]:
     return own
 
 
-def check_headers(path: Path, manifest: dict, files: Iterable[str]) -> dict[str, Header]:
-    """The headers of the shards among the files, each tensor in them being as the manifest says, or ValueError."""
-    wanted = set(files)
-    pieces = [(name, file, box) for name, file, box in pieces_of(manifest) if file in wanted]
-    headers = {}
-    for file in {file for _, file, _ in pieces}:
-        with opened(path / file, manifest["files"][file]["size"]):  # of the right size
-            headers[file] = read_header(path / file)
-    for name, file, box in pieces:
-        dtype, shape = manifest["tensors"][name]["dtype"], list(box.shape)
-        as_said = headers[file].get(name, (None,))[:2] == (dtype, shape)
-        require(as_said, f"{path / file}: {name} is not as the manifest says, {dtype} {shape}")
-    return headers
+def check_header(path: Path, manifest: dict, file: str) -> Header:
+    """The header of a shard, each tensor that is to be in it being there as the manifest says, or ValueError."""
+    with opened(path / file, manifest["files"][file]["size"]):  # of the right size
+        header = read_header(path / file)
+    for name, entry in manifest["tensors"].items():
+        if file in entry["pieces"]:
+            dtype, shape = entry["dtype"], list(entry["pieces"][file].shape)
+            as_said = header.get(name, (None,))[:2] == (dtype, shape)
+            require(as_said, f"{path / file}: {name} is not as the manifest says, {dtype} {shape}")
+    return header
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -170,7 +168,8 @@ def load_tensors(path: str | Path, into: Mapping[str, Tensor], skip: str | None 
 
     def match() -> None:
         targets = match_tensors(path, manifest, into, skip)
-        check_headers(Path(path), manifest, {file for _, file, *_ in reads(manifest, targets)})
+        for file in {file for _, file, *_ in reads(manifest, targets)}:
+            check_header(Path(path), manifest, file)
         matched.append(targets)
 
     on_every_rank(dist, match)
@@ -211,15 +210,16 @@ def match_tensors(
 
 def reads(manifest: dict, targets: Mapping[str, Tensor]) -> list[tuple[str, str, Box, Box]]:
     """(tensor name, file, the piece in it, what this rank needs of the piece), for all that it needs."""
-    parts = {}
+    found = []
+    needed: dict[tuple[int, Box], list[tuple[str, Box, Box]]] = {}
     for name, target in targets.items():
         part, offset = local_part(target)
-        parts[name] = Box(offset, tuple(part.shape))
-    found = []
-    for name, file, box in pieces_of(manifest):
-        common = intersection(box, parts[name]) if name in parts else None
-        if common is not None:
-            found.append((name, file, box, common))
+        own, pieces = Box(offset, tuple(part.shape)), manifest["tensors"][name]["pieces"]
+        key = id(pieces), own  # pieces may be many, but tensors of the same cut share them
+        if key not in needed:
+            common = ((file, box, intersection(box, own)) for file, box in pieces.items())
+            needed[key] = [each for each in common if each[2] is not None]
+        found += [(name, *each) for each in needed[key]]
     return found
 
 

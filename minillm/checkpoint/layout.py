@@ -7,6 +7,7 @@ parallel. What several ranks hold alike is laid end to end like a rope and cut i
     rank 1 |   .. blocks.1 ....... norm  |        at the cut becomes two pieces
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -85,18 +86,17 @@ def deal(
     described: Mapping[str, tuple[Any, Sequence[int]]], parts: Sequence[Sequence[Box]]
 ) -> dict[str, list[tuple[int, Box]]]:
     """The pieces of each tensor with the rank that writes each, where parts[r] is what rank r holds of every tensor."""
-    pieces: dict[str, list[tuple[int, Box]]] = {name: [] for name in described}
+    pieces: dict[str, list[tuple[int, Box]]] = {}
     ropes: dict[tuple[int, ...], list[tuple[str, Box, int]]] = {}  # by the ranks that hold the same
-    for i, (name, (dtype, shape)) in enumerate(described.items()):
+    holders = functools.cache(holders_of)  # ranks may be many, but tensors are alike
+    for (name, (dtype, shape)), boxes in zip(described.items(), zip(*parts), strict=True):
         if not math.prod(shape):
-            pieces[name].append((0, Box((0,) * len(shape), tuple(shape))))
+            pieces[name] = [(0, Box((0,) * len(shape), tuple(shape)))]
             continue
-        holders: dict[Box, list[int]] = {}
-        for rank, boxes in enumerate(parts):
-            holders.setdefault(boxes[i], []).append(rank)
-        for box, ranks in holders.items():
-            if math.prod(box.shape):
-                ropes.setdefault(tuple(ranks), []).append((name, box, dtype.itemsize))
+        alone, together = holders(boxes)
+        pieces[name] = [*alone]
+        for box, ranks in together:
+            ropes.setdefault(ranks, []).append((name, box, dtype.itemsize))
     for ranks, rope in ropes.items():
         total = sum(itemsize * math.prod(box.shape) for _, box, itemsize in rope)
         at = 0  # bytes of the rope before the tensor
@@ -113,9 +113,19 @@ def deal(
     return pieces
 
 
+def holders_of(boxes: Sequence[Box]) -> tuple[list[tuple[int, Box]], list[tuple[Box, tuple[int, ...]]]]:
+    """Of what each rank holds of a tensor: the parts that one rank alone holds, and those that several hold alike."""
+    holders: dict[Box, list[int]] = {}
+    for rank, box in enumerate(boxes):
+        if math.prod(box.shape):
+            holders.setdefault(box, []).append(rank)
+    alone = [(ranks[0], box) for box, ranks in holders.items() if len(ranks) == 1]
+    return alone, [(box, tuple(ranks)) for box, ranks in holders.items() if len(ranks) > 1]
+
+
 def rows_of(box: Box, begin: int, end: int) -> Box:
     """Some of the rows of a box; a number has one, itself."""
-    if not box.shape:
+    if not box.shape or end - begin == box.shape[0]:
         return box
     return Box((box.offset[0] + begin, *box.offset[1:]), (end - begin, *box.shape[1:]))
 

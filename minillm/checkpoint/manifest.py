@@ -1,9 +1,18 @@
-"""The manifest of a checkpoint: what files it has, what tensors, of which pieces, and the proof of itself."""
+"""The manifest of a checkpoint: what files it has, what tensors, of which pieces, and the proof of itself.
 
+Blocks are alike, and so are a parameter and its moments. So how tensors are cut into pieces is said once, and each
+tensor says which of these cuts is its own:
+
+    cuts     [{shape: [8, 4], pieces: [[0, [0, 0], [4, 4]], [1, [4, 0], [4, 4]]]}, ...]   rank, offset, shape
+    tensors  {weight: {dtype: F32, cut: 0}, optim.exp_avg.weight: {dtype: F32, cut: 0}, ...}
+"""
+
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from minillm.checkpoint.layout import Box, Layout, make_up
 from minillm.checkpoint.shard import CODES, DTYPES, MAX_JSON, PLAIN_NAME, parse, read_bytes, require
@@ -12,6 +21,8 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIM = "optim."  # tensors named so go into files of their own, so that loading a model never reads them
 MAX_DIMS = 8
+MAX_CORNERS = 2**22  # of the pieces of one tensor: those of a matrix cut for a million ranks
+MAX_PIECES = 2**26  # of all tensors: 405B parameters under AdamW on 16,384 ranks have 56 million
 
 
 def spell(value: dict) -> str:
@@ -20,26 +31,29 @@ def spell(value: dict) -> str:
 
 
 def spell_compactly(value: dict) -> str:
-    """JSON that may be large: a manifest of a thousand ranks has hundreds of thousands of pieces."""
+    """JSON that may be large: a manifest of a thousand ranks has thousands of pieces and files."""
     return json.dumps(value, separators=(",", ":")) + "\n"
 
 
-FORMAT = 2
-FORMATS: dict[int, Callable[[dict], str]] = {1: spell, FORMAT: spell_compactly}  # those that are read
+FORMAT = 3
+FORMATS: dict[int, Callable[[dict], str]] = {1: spell, 2: spell_compactly, FORMAT: spell_compactly}  # what is read
 
 
 def make_manifest(layout: Layout, files: dict, step: int) -> bytes:
-    """The manifest of what was laid out and written. Raises ValueError where no reader would take one so large."""
-    tensors = {
-        name: {
-            "dtype": CODES[dtype],
-            "shape": shape,
-            "pieces": [{"file": file_of(name, rank), **box._asdict()} for rank, box in layout.pieces[name]],
-        }
-        for name, (dtype, shape) in layout.tensors.items()
-    }
-    data = signed({"format": FORMAT, "step": step, "files": files, "tensors": tensors})
-    require(len(data) <= MAX_JSON, f"{len(data)} bytes of manifest: too many pieces; shard over fewer ranks")
+    """The manifest of what was laid out and written. Raises ValueError where no reader would take one so large.
+
+    That is far off: 70B parameters under AdamW, sharded over 1,024 ranks, take 0.6 MiB of the 64 that are read.
+    """
+    numbers: dict[tuple, int] = {}
+    tensors = {}
+    for name, (dtype, shape) in layout.tensors.items():
+        cut = (tuple(shape), tuple(layout.pieces[name]))
+        tensors[name] = {"dtype": CODES[dtype], "cut": numbers.setdefault(cut, len(numbers))}
+    cuts = [{"shape": shape, "pieces": [(rank, *box) for rank, box in pieces]} for shape, pieces in numbers]
+    data = signed({"format": FORMAT, "step": step, "files": files, "cuts": cuts, "tensors": tensors})
+    count = sum(map(len, layout.pieces.values()))
+    fits = count <= MAX_PIECES and len(data) <= MAX_JSON
+    require(fits, f"{count} pieces, {len(data)} bytes of manifest: more than is read; shard over fewer ranks")
     return data
 
 
@@ -54,19 +68,29 @@ def signed_in(spelling: Callable[[dict], str], body: dict) -> bytes:
 
 def file_of(name: str, rank: int) -> str:
     """The file in which a rank writes a tensor of that name."""
-    return f"{'optim' if name.startswith(OPTIM) else 'model'}-{rank:05d}.safetensors"
+    return file_name(kind_of(name), rank)
 
 
-def pieces_of(manifest: dict, skip: str | None = None) -> Iterator[tuple[str, str, Box]]:
-    """(tensor name, file, place in the whole) of every piece of the tensors that are not skipped."""
-    for name, entry in manifest["tensors"].items():
-        if not (skip and name.startswith(skip)):
-            for piece in entry["pieces"]:
-                yield name, piece["file"], Box(tuple(piece["offset"]), tuple(piece["shape"]))
+def kind_of(name: str) -> str:
+    """What kind of tensor it is, after which its files are named."""
+    return "optim" if name.startswith(OPTIM) else "model"
+
+
+def file_name(kind: str, rank: int) -> str:
+    return f"{kind}-{rank:05d}.safetensors"
+
+
+def files_of(manifest: dict, skip: str | None = None) -> set[str]:
+    """The files that hold a piece of a tensor, of those that are not skipped."""
+    tensors = manifest["tensors"].items()
+    return set().union(*(entry["pieces"] for name, entry in tensors if not (skip and name.startswith(skip))))
 
 
 def read_manifest(path: Path) -> dict:
-    """The manifest, proved by its own hash, with every field that is relied on later checked."""
+    """The manifest, proved by its own hash, with every field that is relied on later checked.
+
+    In whatever format it was written, each of its tensors has a dtype, a shape, and pieces: {file: place in the whole}.
+    """
     file = path / MANIFEST
     data = read_bytes(file)
     manifest = parse(file, data)
@@ -82,28 +106,69 @@ def read_manifest(path: Path) -> dict:
         for name, entry in manifest["files"].items():
             require(PLAIN_NAME.fullmatch(name) and name != MANIFEST, f"{name!r} is not a plain file name")
             require(is_size(entry["size"]) and isinstance(entry["sha256"], str), f"{name} has no size or hash")
+        manifest["tensors"] = tensors_by_cut(manifest) if form == FORMAT else tensors_one_by_one(manifest)
         for name, entry in manifest["tensors"].items():
-            check_tensor(name, entry, manifest["files"])
+            require(entry["dtype"] in DTYPES, f"{name} has an unknown dtype, {entry['dtype']!r}")
+        unlisted = sorted(files_of(manifest) - manifest["files"].keys())
+        require(not unlisted, f"there are pieces in {unlisted[:1]}, which is not listed")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not a manifest: {error}") from None
     return manifest
 
 
-def check_tensor(name: str, entry: dict, files: dict) -> None:
-    """Raises ValueError for a tensor whose pieces are not listed, lie outside, overlap or leave gaps."""
-    shape, pieces = entry["shape"], entry["pieces"]
-    require(entry["dtype"] in DTYPES, f"{name} has an unknown dtype, {entry['dtype']!r}")
+def tensors_by_cut(manifest: dict) -> dict[str, dict]:
+    """What format 3 says of the tensors, whose cuts it takes out; those of the same cut share their pieces."""
+    cuts, tensors = manifest.pop("cuts"), manifest["tensors"]
+    for i, cut in enumerate(cuts):
+        require(all(is_size(rank) for rank, *_ in cut["pieces"]), f"a piece of cut {i} is of no rank")
+    pieces = [checked_pieces(f"cut {i}", cut["shape"], cut["pieces"]) for i, cut in enumerate(cuts)]
+    for name, entry in tensors.items():
+        is_there = is_size(entry["cut"]) and entry["cut"] < len(cuts)
+        require(is_there, f"{name} has cut {entry['cut']!r} of {len(cuts)}")
+    count = sum(len(pieces[entry["cut"]]) for entry in tensors.values())
+    require(count <= MAX_PIECES, f"{count} pieces are more than any run makes")
+
+    @functools.cache
+    def in_files(kind: str, cut: int) -> dict[str, Box]:
+        return {file_name(kind, rank): box for rank, box in pieces[cut].items()}
+
+    return {
+        name: {
+            "dtype": entry["dtype"],
+            "shape": cuts[entry["cut"]]["shape"],
+            "pieces": in_files(kind_of(name), entry["cut"]),
+        }
+        for name, entry in tensors.items()
+    }
+
+
+def tensors_one_by_one(manifest: dict) -> dict[str, dict]:
+    """What the formats before it say: each tensor has pieces of its own, and each piece the name of its file."""
+    tensors = {}
+    for name, entry in manifest["tensors"].items():
+        pieces = [(piece["file"], piece["offset"], piece["shape"]) for piece in entry["pieces"]]
+        tensors[name] = entry | {"pieces": checked_pieces(name, entry["shape"], pieces)}
+    return tensors
+
+
+def checked_pieces(what: str, shape: list[int], pieces: list) -> dict[Any, Box]:
+    """The pieces that make up a shape, by what comes first in each: the rank that wrote it, or the file that it is in.
+
+    Raises ValueError where they lie outside, overlap or leave gaps, and where two of them are in one file.
+    """
     is_shape = isinstance(shape, list) and len(shape) <= MAX_DIMS and all(map(is_size, shape))
-    require(is_shape, f"{name} has no shape: {shape}")
-    for piece in pieces:
-        require(piece["file"] in files, f"{name} is in {piece['file']!r}, which is not listed")
-        ranges = zip(piece["offset"], piece["shape"], shape, strict=True)
-        inside = all(is_size(a) and is_size(n) and a + n <= size for a, n, size in ranges)
-        require(inside, f"a piece of {name} exceeds its shape {shape}")
-    boxes = [Box(tuple(piece["offset"]), tuple(piece["shape"])) for piece in pieces]
-    require(make_up(shape, boxes), f"the pieces of {name} do not make up its shape {shape}: they overlap or leave gaps")
-    in_files = {piece["file"] for piece in pieces}
-    require(len(in_files) == len(pieces), f"two pieces of {name} are in one file, which can hold one of that name")
+    require(is_shape, f"{what} has no shape: {shape}")
+    require(len(pieces) << len(shape) <= MAX_CORNERS, f"{what} has {len(pieces)} pieces, more than any run makes")
+    boxes = {}
+    for holder, offset, size in pieces:
+        ranges = zip(offset, size, shape, strict=True)
+        inside = all(is_size(a) and is_size(n) and a + n <= whole for a, n, whole in ranges)
+        require(inside, f"a piece of {what} exceeds its shape {shape}")
+        require(holder not in boxes, f"two pieces of {what} are in one file, which can hold one of that name")
+        boxes[holder] = Box(tuple(offset), tuple(size))
+    fits = make_up(shape, boxes.values())
+    require(fits, f"the pieces of {what} do not make up its shape {shape}: they overlap or leave gaps")
+    return boxes
 
 
 def is_size(number: object) -> bool:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from minillm.checkpoint.folder import check_headers, write_rest
+from minillm.checkpoint.folder import check_header, write_rest
 from minillm.checkpoint.layout import Box, Layout, intersection, rows_of
-from minillm.checkpoint.manifest import file_of, pieces_of, spell
+from minillm.checkpoint.manifest import file_of, files_of, spell
 from minillm.checkpoint.shard import BLOCK, DTYPES, byte_view, read_rows, write_blocks
 from minillm.tensors import narrowed
 
@@ -22,10 +22,7 @@ def write_whole(folder: Path, path: Path, manifest: Mapping[str, Any], state: di
     names = [name for name in manifest["tensors"] if not name.startswith(skip)]
     entries = {name: manifest["tensors"][name] for name in names}
     tensors = {name: (DTYPES[entry["dtype"]], entry["shape"]) for name, entry in entries.items()}
-    pieces: dict[str, list[tuple[str, Box]]] = {name: [] for name in names}
-    for name, file, box in pieces_of(manifest, skip):
-        pieces[name].append((file, box))
-    headers = check_headers(path, manifest, {file for found in pieces.values() for file, _ in found})
+    headers = {file: check_header(path, manifest, file) for file in files_of(manifest, skip)}
     wholes = {name: Box((0,) * len(shape), tuple(shape)) for name, (_, shape) in tensors.items()}
 
     def blocks(name: str) -> Iterator[memoryview]:
@@ -35,7 +32,7 @@ def write_whole(folder: Path, path: Path, manifest: Mapping[str, Any], state: di
         for start in range(0, rows, step):
             box = rows_of(wholes[name], start, min(start + step, rows))
             block = torch.empty(box.shape, dtype=dtype)
-            for file, piece in pieces[name]:
+            for file, piece in entries[name]["pieces"].items():
                 common = intersection(box, piece)
                 if common is not None:
                     place = narrowed(block, *common.within(box))
