@@ -28,7 +28,7 @@ from minillm.data.loader import Loader, eval_batches
 from minillm.data.mixture import Source, held_out, say_use
 from minillm.data.prompts import prompts_of
 from minillm.distributed.config import ParallelConfig
-from minillm.distributed.context import Context, connect, with_mesh
+from minillm.distributed.context import Context, connect, ranks_started, with_mesh
 from minillm.distributed.device import best_precision, free_memory, peak_flops
 from minillm.distributed.launch import check_same
 from minillm.distributed.parallelize import parallelize
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     given = read_layers(Config, argv)
     home = earlier_run(given)
     given = [*source_layer(given, resumed=home), *given]
-    below = earlier(home, given) if home else fitting(Config, given, QUICKSTART)
+    below = earlier(Config, home, given, ranks_started()) if home else fitting(Config, given, QUICKSTART)
     config = build(Config, [*below, *given])  # every mistake is reported before anything is touched
     trackers = make_trackers(config.log, config.run.dir)
     if not home:
@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
     ):
         start = starting_point(config.run, run, dist)
         with dist.main_first("preparing the text"):
-            layouts(config.parallel, dist.world_size, ranks_here(dist))  # refused before hours of work
+            layouts(config.parallel, dist.world_size, ranks_here(dist.world_size))  # refused before hours of work
             tokenizer, sources = open_corpus(config.data, config.tokenizer)
         check_same(dist, {"tokenizer": tokenizer.hash, **identity(sources)})
         dist.at("building the model")

@@ -15,14 +15,17 @@ from minillm.data.corpus import corpus_bytes
 from minillm.distributed.context import Context
 from minillm.distributed.launch import began, check_same, check_shared, note_begun
 from minillm.load import describe, find_checkpoint, tokenizer_home
+from minillm.log import LOGGER
 from minillm.model.config import ModelConfig, ModelSection
 from minillm.model.presets import PRESETS, preset_fields
 from minillm.plan import optimizer_for, recommend
 from minillm.run import RunConfig, RunDirectory, open_run
+from minillm.strategy import layouts, ranks_here
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
 # What may differ from the model that training starts from: no weight depends on it.
 MAY_DIFFER = ("max_seq_len", "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "dropout")
+NUMBERS_OF_RANKS = ("parallel.dp_replicate", "parallel.dp_shard", "parallel.tp")
 LIMITS = ("train.max_steps", "train.max_tokens", "train.max_epochs")
 
 
@@ -131,15 +134,39 @@ def earlier_run(given: list[Layer]) -> Path | None:
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 
-def earlier(home: Path, given: list[Layer]) -> list[Layer]:
-    """The layer of a run that is continued: all that it was, but for its place."""
+def earlier(config_class: type, home: Path, given: list[Layer], world_size: int) -> list[Layer]:
+    """The layer of a run that is continued: all that it was, but for its place and what does not fit these ranks."""
     saved = file_layer(home / "config.json").values
     values = {name: saved[name] for name in saved if name not in ("run.dir", "run.resume", "run.device")}
     if (home / "tokenizer.json").is_file():
         values |= {"tokenizer.path": str(home), "tokenizer.vocab_size": None}
     if lookup(given, "optim.warmup_ratio") is not None:  # what was made of it then would stand beside it now
         values.pop("optim.warmup_steps", None)
-    return [Layer(str(home / "config.json"), without_limits(values, given))]
+    layer = Layer(str(home / "config.json"), without_limits(values, given))
+    return [fitting_ranks(config_class, layer, given, world_size)]
+
+
+def fitting_ranks(config_class: type, inherited: Layer, given: list[Layer], world_size: int) -> Layer:
+    """The layer without numbers of ranks, meant for another number of them, that make no layout of so many.
+
+    Left out are first the copies, on which no rank's memory depends, then the shards, and last tensor parallelism; what
+    is given now stays. Where that does not help, nothing is left out, and the mistake is found later.
+    """
+    said = {name for layer in given for name in layer.values}
+    numbers = [name for name in NUMBERS_OF_RANKS if not is_none(inherited.values.get(name)) and name not in said]
+    for count in range(len(numbers) + 1):
+        unfit = numbers[:count]
+        values = {name: value for name, value in inherited.values.items() if name not in unfit}
+        left = inherited._replace(values=values)
+        try:
+            layouts(build(config_class, [left, *given]).parallel, world_size, ranks_here(world_size))
+        except ValueError:
+            continue
+        if unfit:
+            named = ", ".join(f"{name} {inherited.values[name]}" for name in unfit)
+            LOGGER.info("not taken over from %s, because there are now %d ranks: %s", inherited.origin, world_size, named)
+        return left
+    return inherited
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def resolve(
     The section can be kept: a run that goes on from it, also on other ranks, has the same strategy, and the numbers of
     ranks, where they are left open, follow from how many there are.
     """
-    ranks_per_node, free = ranks_here(dist), free_memory(dist.device)
+    ranks_per_node, free = ranks_here(dist.world_size), free_memory(dist.device)
     if free is not None and dist.device.type == "cpu":
         free //= ranks_per_node  # they share it
     known = not dist.any(free is None)
@@ -42,9 +42,9 @@ def resolve(
     return dataclasses.replace(parallel, **kept), shape
 
 
-def ranks_here(dist: Context) -> int:
+def ranks_here(world_size: int) -> int:
     """How many of the ranks are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 def choose_strategy(

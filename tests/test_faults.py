@@ -208,6 +208,19 @@ def test_numbers_that_make_no_layout_are_refused_before_the_text_is_prepared(wor
     assert "dp_replicate 1 x dp_shard 3 x tp 1 are 3 ranks, but 2 were started" in ranks.said(0)
 
 
+def test_a_run_goes_on_on_fewer_ranks_than_its_numbers_say_unless_they_are_given_again(workplace, forks):
+    words = ["--parallel.strategy", "fsdp", "--parallel.dp_shard", 2]
+    assert start(forks, *words, "--train.max_steps", 1).wait() == [0, 0]
+    again = ["--run.resume", "auto", "--train.max_steps", 2]
+    ranks = start(forks, *words, *again, ranks=1)
+    assert ranks.wait(60) == [1]
+    assert "dp_replicate 1 x dp_shard 2 x tp 1 are 2 ranks, but 1 were started" in ranks.said(0)
+    ranks = start(forks, *again, ranks=1)
+    assert ranks.wait() == [0], ranks.said(0)
+    assert "because there are now 1 ranks: parallel.dp_shard 2\n" in ranks.said(0)
+    assert newest()["step"] == 2
+
+
 def test_in_an_evaluation_before_the_first_step_ranks_say_that_they_move_on(workplace, forks):
     """Or a long one would be taken for sleep."""
     assert start(forks, "--train.max_steps", 1, ranks=1).wait() == [0]

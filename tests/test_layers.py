@@ -11,7 +11,8 @@ LAYERS = [
     ["data", "distributed", "lora"],
     ["objectives", "checkpoint", "doctor", "hf", "generate", "plan"],
     ["load", "eval", "memory"],
-    ["recipe", "report", "strategy", "trainer"],
+    ["strategy"],
+    ["recipe", "report", "trainer"],
     ["simulate"],
     ["cli"],
 ]

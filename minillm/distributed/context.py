@@ -180,9 +180,9 @@ def from_bytes(data: torch.Tensor) -> Any:
     return json.loads(bytes(data.numpy()))
 
 
-def is_launched() -> bool:
-    """Whether torchrun, or another launcher that sets its variables, started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def ranks_started() -> int:
+    """How many processes torchrun, or another launcher that sets its variables, started together with this one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -201,16 +201,17 @@ def connect(device: str = "auto", timeout: float = 600.0) -> Iterator[Context]:
     find each other.
     """
     with exit_on_request(lambda name: LOGGER.info("%s: stopped", name)):
-        if not is_launched():
+        world_size = ranks_started()
+        if world_size == 1:
             yield Context(find_device(device))
             return
         missing = [name for name in LAUNCHED_WITH if name not in os.environ]
         if missing:
             raise ValueError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start with torchrun, "
+                f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set: start with torchrun, "
                 "which sets them all, or unset WORLD_SIZE to train on one process"
             )
-        rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
         if not torch.accelerator.device_count():
             find_device(device)  # what no rank of a machine finds is told by its first, as other mistakes are
         try:

@@ -1,0 +1,52 @@
+"""What a run that goes on keeps of the earlier one."""
+
+import json
+
+import pytest
+
+import train
+from minillm.config import Layer
+from minillm.recipe import earlier
+
+MODEL = {"dim": 64, "n_heads": 4, "ffn_dim": 128, "vocab_multiple": 64}
+RANKS = ("dp_replicate", "dp_shard", "tp")
+
+
+def kept(path, world_size, was, **given):
+    """The numbers of ranks that a run keeps which was another number of ranks."""
+    (path / "config.json").write_text(json.dumps({"parallel": was, "model": MODEL}))
+    given = Layer("command line", {f"parallel.{name}": value for name, value in given.items()})
+    (found,) = earlier(train.Config, path, [given], world_size)
+    assert found.values["model.dim"] == 64
+    return [found.values.get(f"parallel.{name}") for name in RANKS]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "numbers"),
+    [
+        (16, [2, 4, 2]),
+        (8, [None, 4, 2]),  # copies first: no rank has more to hold
+        (32, [None, 4, 2]),
+        (4, [None, None, 2]),
+        (2, [None, None, 2]),
+        (3, [None, None, None]),
+        (1, [None, None, None]),
+    ],
+)
+def test_numbers_of_ranks_are_kept_as_far_as_they_make_a_layout(tmp_path, world_size, numbers):
+    was = {"strategy": "hsdp", "dp_replicate": 2, "dp_shard": 4, "tp": 2}
+    assert kept(tmp_path, world_size, was) == numbers
+
+
+def test_what_was_left_open_fits_and_what_is_given_now_stays(tmp_path):
+    was = {"strategy": "fsdp", "dp_replicate": None, "dp_shard": 4, "tp": 1}
+    assert kept(tmp_path, 2, was) == [None, None, 1]
+    assert kept(tmp_path, 8, was, dp_shard=3) == [None, 4, 1], "refused, as for a new run"
+    assert kept(tmp_path, 8, was, dp_shard="none") == [None, 4, 1], "below what is given"
+    assert kept(tmp_path, 8, was, strategy="hsdp") == [None, 4, 1]
+    assert kept(tmp_path, 8, was, strategy="ddp") == [None, None, 1]
+
+
+def test_another_mistake_is_left_to_be_told_with_the_others(tmp_path):
+    was = {"strategy": "fsdp", "dp_replicate": None, "dp_shard": 4, "tp": 1}
+    assert kept(tmp_path, 2, was, timeout="soon") == [None, 4, 1]
