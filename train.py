@@ -118,8 +118,7 @@ def main(argv: Sequence[str]) -> int:
         dist.at("building the model")
         trainer, config = make_trainer(config, tokenizer, sources, run, dist, trackers)
         if start:
-            dist.at("resuming")
-            trainer.resume(start)
+            trainer.resume(start, hashed=True)
             LOGGER.info("resumed from %s", start)
         elif config.model.path:
             start_from(config.model.path, trainer)

@@ -12,7 +12,7 @@ from typing import Any
 from minillm import checkpoint
 from minillm.config import ConfigError, Layer, arguments, build, convert, fields_of, file_layer, lookup, nearest
 from minillm.data.corpus import corpus_bytes
-from minillm.distributed.context import Context
+from minillm.distributed.context import Context, beside_training
 from minillm.distributed.launch import began, check_same, check_shared, note_begun
 from minillm.load import describe, find_checkpoint, tokenizer_home
 from minillm.log import LOGGER
@@ -152,8 +152,8 @@ def fitting_ranks(config_class: type, inherited: Layer, given: list[Layer], worl
     Left out are first the copies, on which no rank's memory depends, then the shards, and last tensor parallelism; what
     is given now stays. Where that does not help, nothing is left out, and the mistake is found later.
     """
-    said = {name for layer in given for name in layer.values}
-    numbers = [name for name in NUMBERS_OF_RANKS if not is_none(inherited.values.get(name)) and name not in said]
+    fixed = {name for layer in given for name in layer.values}
+    numbers = [name for name in NUMBERS_OF_RANKS if not is_none(inherited.values.get(name)) and name not in fixed]
     for count in range(len(numbers) + 1):
         unfit = numbers[:count]
         values = {name: value for name, value in inherited.values.items() if name not in unfit}
@@ -163,8 +163,8 @@ def fitting_ranks(config_class: type, inherited: Layer, given: list[Layer], worl
         except ValueError:
             continue
         if unfit:
-            named = ", ".join(f"{name} {inherited.values[name]}" for name in unfit)
-            LOGGER.info("not taken over from %s, because there are now %d ranks: %s", inherited.origin, world_size, named)
+            said = ", ".join(f"{name} {inherited.values[name]}" for name in unfit)
+            LOGGER.info("there are now %d ranks, so not taken over from %s: %s", world_size, inherited.origin, said)
         return left
     return inherited
 
@@ -187,7 +187,7 @@ def run_of_all(config: RunConfig, dist: Context, values: Mapping[str, Any]) -> I
 
 
 def starting_point(config: RunConfig, run: RunDirectory, dist: Context = checkpoint.ALONE) -> Path | None:
-    """The checkpoint to continue from, the same on all ranks; None to start afresh.
+    """The checkpoint to continue from, the same on all ranks and proved by them; None to start afresh.
 
     Raises ValueError where there are some, but none whole.
     """
@@ -196,9 +196,15 @@ def starting_point(config: RunConfig, run: RunDirectory, dist: Context = checkpo
     path = run.path if config.resume == "auto" else Path(config.resume)
     series = path / "checkpoints"
     found = checkpoint.candidates(series, dist)
+    if not found and config.resume == "auto":
+        return None
+    dist.at("proving the checkpoint", checkpoint.PATIENCE)
+    patient = beside_training(dist, checkpoint.PATIENCE)
     if not found:
-        return None if config.resume == "auto" else find_checkpoint(path)
-    newest = checkpoint.latest(series, dist=dist)
+        path = find_checkpoint(path)
+        checkpoint.verify(path, dist=patient)
+        return path
+    newest = checkpoint.latest(series, dist=patient)
     if newest is None:
         raise ValueError(
             f"{series}: none of its checkpoints is whole ({', '.join(one.name for one in found)}); "

@@ -217,7 +217,9 @@ def test_a_run_goes_on_on_fewer_ranks_than_its_numbers_say_unless_they_are_given
     assert "dp_replicate 1 x dp_shard 2 x tp 1 are 2 ranks, but 1 were started" in ranks.said(0)
     ranks = start(forks, *again, ranks=1)
     assert ranks.wait() == [0], ranks.said(0)
-    assert "because there are now 1 ranks: parallel.dp_shard 2\n" in ranks.said(0)
+    assert "there are now 1 ranks, so not taken over from runs/small/config.json: parallel.dp_shard 2\n" in ranks.said(
+        0
+    )
     assert newest()["step"] == 2
 
 

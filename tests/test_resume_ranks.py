@@ -1,6 +1,8 @@
 """A run on several ranks that stops and goes on is the run that did not stop."""
 
+import os
 import random
+import time
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from ranks import run_ranks
 
 from minillm import checkpoint
 from minillm.data.loader import Loader
+from minillm.distributed import context, heartbeat
 from minillm.distributed.config import Layout
 from minillm.distributed.context import connect, with_mesh
 from minillm.distributed.parallelize import parallelize
@@ -20,7 +23,8 @@ from minillm.model.init import init_weights
 from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
 from minillm.optim import OptimConfig, build_optimizer
-from minillm.run import RunDirectory
+from minillm.recipe import starting_point
+from minillm.run import RunConfig, RunDirectory
 from minillm.tensors import local_part
 from minillm.trainer import TrainConfig, Trainer
 
@@ -102,6 +106,38 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, chosen):
 def test_a_run_resumed_at_any_step_is_bitwise_the_uninterrupted_one(tmp_path, chosen):
     found = run_ranks(2, compare_resumed, chosen, tmp_path, list(range(STEPS)), seconds=1200)
     assert found == [[], []]
+
+
+def resume_from_a_slow_disk(path: Path) -> tuple[int, list[str]]:
+    """Find and load a checkpoint while rank 1 needs longer for a file than the timeout; the files that it hashed."""
+    hashed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(context, "LATER", 0.0)
+        for name in ("PERIOD", "GRACE"):
+            patch.setattr(heartbeat, name, 0.1)
+        for name in ("file_hash", "fill"):
+            original, naps = getattr(checkpoint.folder, name), iter([3.5])
+
+            def slow(file, *rest, original=original, naps=naps):
+                if os.environ["RANK"] == "1":
+                    time.sleep(next(naps, 0.0))
+                hashed.extend([file.name] * (original.__name__ == "file_hash"))
+                return original(file, *rest)
+
+            patch.setattr(checkpoint.folder, name, slow)
+        with connect("cpu", timeout=2.5) as dist:
+            start = starting_point(RunConfig(dir=str(path), resume="auto"), RunDirectory(path), dist)
+            trainer = make(dist, DDP, path)
+            trainer.resume(start, hashed=True)
+            return trainer.progress.step, hashed
+
+
+def test_a_disk_that_is_slower_than_the_timeout_ends_no_resuming_and_each_file_is_hashed_once(tmp_path):
+    run_ranks(2, some_steps, DDP, tmp_path, 0, 1)
+    (step, ours), (_, theirs) = run_ranks(2, resume_from_a_slow_disk, tmp_path)
+    assert step == 1
+    files = {path.name for path in (tmp_path / "checkpoints" / "step-00000001").iterdir()}
+    assert sorted(ours + theirs) == sorted(files - {"manifest.json"})
 
 
 def some_steps(chosen: Layout, path: Path, first: int, last: int) -> tuple[list[int], list[float]]:

@@ -210,6 +210,20 @@ def test_resuming_another_run_never_overwrites_this_one(workplace, capsys):
     assert (weights("runs/small"), losses("runs/small")) == before
 
 
+def test_a_damaged_checkpoint_is_not_gone_on_with_where_it_is_named(workplace, capsys):
+    assert run() == 0
+    saved = workplace / "runs/small/checkpoints/step-00000010"
+    damage(saved / "optim-00000.safetensors")
+    words = ["--run.dir", "runs/more", "--run.resume", saved]
+    assert "optim-00000.safetensors: not what was saved" in failure(capsys, *words)
+
+
+def damage(file):
+    """Another last byte."""
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(workplace, capsys):
     assert run() == 0
     for path in workplace.glob("runs/small/checkpoints/*/state.json"):

@@ -332,8 +332,12 @@ class Trainer:
         self.unsaved = False
         return path
 
-    def resume(self, path: str | Path) -> None:
-        """Continue from a checkpoint. Raises ValueError when it is damaged or of another model, tokenizer or data."""
+    def resume(self, path: str | Path, hashed: bool = False) -> None:
+        """Continue from a checkpoint. Raises ValueError when it is damaged or of another model, tokenizer or data.
+
+        `hashed`: these ranks have verified it before, so that its files need not be read twice.
+        """
+        self.dist.at("resuming", checkpoint.PATIENCE)
         state, _ = checkpoint.read(path)
         changed = [
             f"{name} was {state.get(name)}, is {value}"
@@ -342,7 +346,7 @@ class Trainer:
         ]
         if changed:
             raise ValueError(f"{path}: another run than the one to be continued: {'; '.join(changed)}")
-        checkpoint.load_tensors(path, self.tensors(), dist=self.dist)
+        checkpoint.load_tensors(path, self.tensors(), dist=self.saver.dist, hashed=hashed)
         self.progress = Progress(**state["progress"] | {"bad_steps_in_a_row": 0})  # or one more would stop it again
         if "spike_watch" in state:
             self.spike_watch.load(state["spike_watch"])
