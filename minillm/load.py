@@ -1,24 +1,26 @@
-"""A model and its tokenizer, from a run, a checkpoint or a saved folder; and saved to one.
+"""A model and its tokenizer, from a run, a checkpoint, a saved folder or one of Hugging Face's; and saved to one.
 
-The model is built on the meta device, without memory, and checked against the checkpoint there; then it gets memory
-and is filled from the files a tensor at a time. So the peak is one model, and the optimizer's files stay closed.
+The model is built on the meta device, without memory, and checked against the files there; then it gets memory and is
+filled from them a part of a tensor at a time. So the peak is one model, and the optimizer's files stay closed.
 """
 
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from minillm import checkpoint
+from minillm import checkpoint, hf
 from minillm.files import atomic_directory, explained, read_json
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
-from minillm.tensors import local_part, narrowed, parameter_names
+from minillm.tensors import parameter_names
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("minillm")
@@ -27,37 +29,63 @@ logger = logging.getLogger("minillm")
 def load(
     path: str | Path, device: str | torch.device = "cpu", step: int | None = None
 ) -> tuple[Transformer, Tokenizer | None]:
-    """The model, in eval mode, and its tokenizer (None where there is none) of a run, checkpoint or saved folder.
+    """The model, in eval mode, and its tokenizer (None where there is none) of a run, checkpoint, saved folder, or one
+    of Hugging Face's.
 
     Of a run, the newest checkpoint that verifies, or that of `step`. Parameters keep the dtype they were saved in.
     Raises ValueError for a path that is none of these, a damaged checkpoint, and a tokenizer that is not the model's.
     """
     folder = find_checkpoint(Path(path), step)
+    stored = open_stored(folder)
+    model = on_meta(stored)
+    model.to_empty(device=device)
+    stored.fill(dict(model.named_parameters()))
+    return model.eval(), stored.tokenizer
+
+
+class Stored(NamedTuple):
+    """The model of a folder, proved to be there as its config says; no weight is in memory."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    tensors: dict[str, tuple[torch.dtype, list[int]]]  # dtype and shape of each parameter, tied ones once
+    fill: Callable[[Mapping[str, Tensor]], None]  # reads into the given parameters what this rank holds of each
+    blocks: Callable[[str], Iterator[Tensor]]  # one parameter, some of its rows after the other
+
+
+def open_stored(folder: Path) -> Stored:
+    """The model of a folder, whichever format it is in. Raises ValueError where it is damaged or not what it says."""
+    if hf.is_hugging_face(folder):
+        config, tokenizer = describe(folder)
+        sources = hf.find_sources(folder, config)
+        return Stored(config, tokenizer, hf.describe(sources), partial(hf.fill, sources), partial(hf.blocks, sources))
     _, manifest = checkpoint.verify(folder, skip=checkpoint.OPTIM)
     config, tokenizer = describe(folder)
-    model = match_on_meta(folder, manifest, config)
-    model.to_empty(device=device)
-    parameters = dict(model.named_parameters())
-    checkpoint.fill(folder, manifest, checkpoint.match_tensors(folder, manifest, parameters, skip=checkpoint.OPTIM))
-    return model.eval(), tokenizer
+    tensors = checkpoint.describe(manifest, skip=checkpoint.OPTIM)
+    fill, blocks = partial(checkpoint.fill, folder, manifest), checkpoint.block_reader(folder, manifest)
+    stored = Stored(config, tokenizer, tensors, fill, blocks)
+    checkpoint.match_tensors(folder, manifest, dict(on_meta(stored).named_parameters()), skip=checkpoint.OPTIM)
+    return stored
 
 
-def match_on_meta(folder: Path, manifest: dict, config: ModelConfig) -> Transformer:
-    """The model without memory, its parameters in the dtypes of the checkpoint; ValueError where that has others."""
+def on_meta(stored: Stored) -> Transformer:
+    """The model without memory, its parameters in the dtypes in which they are stored."""
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(stored.config)
     for name, parameter in model.named_parameters():
-        if name in manifest["tensors"]:
-            parameter.data = parameter.data.to(checkpoint.DTYPES[manifest["tensors"][name]["dtype"]])
-    checkpoint.match_tensors(folder, manifest, dict(model.named_parameters()), skip=checkpoint.OPTIM)
+        if name in stored.tensors:
+            parameter.data = parameter.data.to(stored.tensors[name][0])
     return model
 
 
 def describe(folder: Path) -> tuple[ModelConfig, Tokenizer | None]:
-    """The shape of a checkpoint's model, and its tokenizer; the weights are not read."""
-    state, _ = checkpoint.read(folder)
-    tokenizer = find_tokenizer(folder, state)
-    config = find_config(folder, state, tokenizer)
+    """The shape of a folder's model, and its tokenizer; the weights are not read."""
+    if hf.is_hugging_face(folder):
+        config, tokenizer = hf.read_config(folder), find_tokenizer(folder, {})
+    else:
+        state, _ = checkpoint.read(folder)
+        tokenizer = find_tokenizer(folder, state)
+        config = find_config(folder, state, tokenizer)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{folder}: its model has {config.vocab_size} tokens, the tokenizer beside it {tokenizer.vocab_size}"
@@ -67,18 +95,17 @@ def describe(folder: Path) -> tuple[ModelConfig, Tokenizer | None]:
 
 @torch.no_grad()
 def load_weights(path: str | Path, model: Transformer) -> Path:
-    """Fill a model with the weights of a run, checkpoint or saved folder, in dtypes of its own; returns the checkpoint.
+    """Fill a model with the weights of a run, checkpoint or folder, in dtypes of its own; returns where they were.
 
     What no weight depends on may differ: how long sequences are, RoPE, dropout. Raises ValueError where a weight has
     another shape or is missing.
     """
     folder = find_checkpoint(Path(path))
-    source, into = parameter_names(load(folder)[0]), parameter_names(model)  # a rank keeps its part of the whole
-    if {name: p.shape for name, p in source.items()} != {name: p.shape for name, p in into.items()}:
+    stored, into = open_stored(folder), parameter_names(model)
+    there = {name: tuple(shape) for name, (_, shape) in stored.tensors.items()}
+    if there != {name: tuple(parameter.shape) for name, parameter in into.items()}:
         raise ValueError(f"{folder}: its model has another shape than the one that is to start from it")
-    for name, parameter in into.items():
-        part, offset = local_part(parameter)
-        part.copy_(narrowed(source[name], offset, part.shape))
+    stored.fill(into)
     return folder
 
 
@@ -93,16 +120,13 @@ def save(model: Transformer, tokenizer: Tokenizer | None, directory: str | Path)
 
 
 def export(path: str | Path, directory: str | Path, step: int | None = None) -> Path:
-    """`save` of the model of a run or checkpoint, however many files it is in; in the memory of a block of rows.
+    """`save` of what `load` would load, however many files it is in; in the memory of a block of rows.
 
-    Of a run, the newest checkpoint that verifies, or that of `step`. Raises ValueError as `load` and `save` do.
+    Raises ValueError as `load` and `save` do.
     """
-    source = find_checkpoint(Path(path), step)
-    _, manifest = checkpoint.verify(source, skip=checkpoint.OPTIM)
-    config, tokenizer = describe(source)
-    match_on_meta(source, manifest, config)
-    with new_home(config, tokenizer, directory) as (folder, state):
-        checkpoint.write_whole(folder, source, manifest, state, skip=checkpoint.OPTIM)
+    stored = open_stored(find_checkpoint(Path(path), step))
+    with new_home(stored.config, stored.tokenizer, directory) as (folder, state):
+        checkpoint.write_whole(folder, stored.tensors, stored.blocks, state)
     return Path(directory).resolve()
 
 
@@ -124,10 +148,10 @@ def new_home(
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Path:
-    """The checkpoint that a path stands for: itself, or the newest valid one (or that of `step`) inside it."""
+    """The folder of weights that a path stands for: itself, or the newest valid checkpoint (or `step`'s) inside it."""
     if not path.is_dir():
         problem = "is a file; give the directory it is in" if path.exists() else "does not exist"
-        raise ValueError(f"{path}: {problem} (expected a run, a checkpoint or a saved folder)")
+        raise ValueError(f"{path}: {problem} (expected a run, a checkpoint, a saved folder or one of Hugging Face's)")
     if (path / "manifest.json").exists():
         if step is not None:
             raise ValueError(f"{path}: is a single checkpoint; give the run's directory to choose step {step} in it")
@@ -144,8 +168,11 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
             if newest is None:
                 checkpoint.verify(found[0], skip=checkpoint.OPTIM)  # raises: says what is wrong with the newest
             return newest
+    if step is None and hf.is_hugging_face(path):
+        return path
     raise ValueError(
-        f"{path}: no run, checkpoint or saved folder; looked for manifest.json, checkpoints/step-*/ and step-*/ in it"
+        f"{path}: no run, checkpoint or saved folder; looked for manifest.json, checkpoints/step-*/ and step-*/ "
+        "in it, and for the model_type of a Hugging Face folder in config.json"
     )
 
 

@@ -19,7 +19,7 @@ from minillm.checkpoint.ranks import ALONE
 from minillm.checkpoint.saver import PATIENCE, Saver
 from minillm.checkpoint.series import candidates, folder_of, latest, save
 from minillm.checkpoint.shard import DTYPES
-from minillm.checkpoint.whole import write_whole
+from minillm.checkpoint.whole import block_reader, describe, write_whole
 
 __all__ = [
     "ALONE",
@@ -27,7 +27,9 @@ __all__ = [
     "OPTIM",
     "PATIENCE",
     "Saver",
+    "block_reader",
     "candidates",
+    "describe",
     "fill",
     "folder_of",
     "latest",

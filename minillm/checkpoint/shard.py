@@ -111,14 +111,16 @@ def read_header(path: Path) -> Header:
 def read_rows(path: Path, entry: tuple[str, list[int], int, int], box: Box, into: Tensor) -> None:
     """Copy a part of a stored tensor, some blocks of rows at a time.
 
-    `entry` is what the header says of the tensor, `box` the part of it, `into` a tensor of that part's shape.
+    `entry` is what the header says of the tensor, `box` the part of it, `into` a tensor of that part's shape, whose
+    dtype may be another.
     """
     code, shape, place, _ = entry
     if not shape:  # a number is a row of one
         shape, box, into = [1], Box((0,), (1,)), into.view(1)
     row = DTYPES[code].itemsize * math.prod(shape[1:])
     whole_rows = list(box.shape[1:]) == shape[1:]
-    in_place = whole_rows and into.device.type == "cpu" and into.is_contiguous()
+    as_stored = into.device.type == "cpu" and into.dtype == DTYPES[code] and into.is_contiguous()
+    in_place = whole_rows and as_stored
     step = max(1, BLOCK // row)
     with opened(path) as (file, _):
         for start in range(0, box.shape[0], step):

@@ -1,44 +1,64 @@
-"""A checkpoint that many ranks wrote as one of a single file, a block of rows at a time."""
+"""A checkpoint that many ranks wrote, or another format, as one of a single file: a block of rows at a time."""
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minillm.checkpoint.folder import check_header, write_rest
 from minillm.checkpoint.layout import Box, Layout, intersection, rows_of
-from minillm.checkpoint.manifest import file_of, files_of, spell
+from minillm.checkpoint.manifest import file_of, spell
 from minillm.checkpoint.shard import BLOCK, DTYPES, byte_view, read_rows, write_blocks
 from minillm.tensors import narrowed
 
 
-def write_whole(folder: Path, path: Path, manifest: Mapping[str, Any], state: dict, skip: str) -> None:
-    """Fill an uncommitted folder with the verified checkpoint at `path`, but for the tensors whose names start so.
+def describe(manifest: Mapping[str, Any], skip: str) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Dtype and shape of each tensor, but for those whose names start so."""
+    entries = {name: entry for name, entry in manifest["tensors"].items() if not name.startswith(skip)}
+    return {name: (DTYPES[entry["dtype"]], entry["shape"]) for name, entry in entries.items()}
 
-    Takes the memory of a block, whatever the size of the tensors.
-    """
-    names = [name for name in manifest["tensors"] if not name.startswith(skip)]
-    entries = {name: manifest["tensors"][name] for name in names}
-    tensors = {name: (DTYPES[entry["dtype"]], entry["shape"]) for name, entry in entries.items()}
-    headers = {file: check_header(path, manifest, file) for file in files_of(manifest, skip)}
-    wholes = {name: Box((0,) * len(shape), tuple(shape)) for name, (_, shape) in tensors.items()}
 
-    def blocks(name: str) -> Iterator[memoryview]:
-        dtype, shape = tensors[name]
+def block_reader(path: Path, manifest: dict) -> Callable[[str], Iterator[Tensor]]:
+    """What gives a tensor of a verified checkpoint by its name, some rows after the other, whatever pieces it is in."""
+    header_of = functools.cache(functools.partial(check_header, path, manifest))
+
+    def blocks(name: str) -> Iterator[Tensor]:
+        entry = manifest["tensors"][name]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         rows, *rest = shape or [1]
         step = max(1, BLOCK // max(1, dtype.itemsize * math.prod(rest)))
         for start in range(0, rows, step):
-            box = rows_of(wholes[name], start, min(start + step, rows))
+            box = rows_of(Box((0,) * len(shape), tuple(shape)), start, min(start + step, rows))
             block = torch.empty(box.shape, dtype=dtype)
-            for file, piece in entries[name]["pieces"].items():
+            for file, piece in entry["pieces"].items():
                 common = intersection(box, piece)
                 if common is not None:
                     place = narrowed(block, *common.within(box))
-                    read_rows(path / file, headers[file][name], common.within(piece), place)
-            yield byte_view(block)
+                    read_rows(path / file, header_of(file)[name], common.within(piece), place)
+            yield block
 
-    layout = Layout(tensors, {name: [(0, box)] for name, box in wholes.items()})
-    shard = file_of(names[0], rank=0)
-    write_rest(folder, layout, {shard: write_blocks(folder / shard, tensors, blocks)}, spell(state), manifest["step"])
+    return blocks
+
+
+def write_whole(
+    folder: Path,
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    blocks: Callable[[str], Iterator[Tensor]],
+    state: dict,
+) -> None:
+    """Fill an uncommitted folder with one file of tensors whose blocks of rows come one after the other.
+
+    Takes the memory of a block. They are written in the dtypes that `tensors` gives.
+    """
+
+    def data(name: str) -> Iterator[memoryview]:
+        return (byte_view(block.to(tensors[name][0]).contiguous()) for block in blocks(name))
+
+    wholes = {name: [(0, Box((0,) * len(shape), tuple(shape)))] for name, (_, shape) in tensors.items()}
+    layout = Layout({name: (dtype, list(shape)) for name, (dtype, shape) in tensors.items()}, wholes)
+    shard = file_of(next(iter(tensors)), rank=0)
+    write_rest(folder, layout, {shard: write_blocks(folder / shard, tensors, data)}, spell(state), step=0)
