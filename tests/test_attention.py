@@ -188,6 +188,18 @@ def test_behind_a_cache_equals_the_reference(rule, offset):
     check_path(mask, random_qkv(2, T - offset, T, 4, 2))
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_rows_behind_different_numbers_of_keys_see_what_each_would_alone(window):
+    offsets = [0, 3, 9, 5]
+    q, k, v = random_qkv(4, 1, 10, 4, 2)
+    mask = make_mask(CONFIG, torch.zeros(4, 1), max(offsets), window=window, offsets=torch.tensor(offsets))
+    y = attend(q, k, v, mask)
+    for row, offset in enumerate(offsets):
+        own = (x[row : row + 1, :, : offset + 1] for x in (k, v))
+        alone = attend_reference(q[row : row + 1], *own, Mask(True, offset, window=window))
+        torch.testing.assert_close(y[row : row + 1], alone)
+
+
 @pytest.mark.parametrize("T", [257, 512, 1023])
 def test_in_slices_equals_the_reference(T, monkeypatch):
     mask = make_mask(CONFIG, torch.zeros(1, T))

@@ -24,7 +24,8 @@ from minillm.model.rope import Rotation
 class Cache(Protocol):
     """Keys and values of earlier tokens of one block, as generation keeps them."""
 
-    length: int  # tokens held before this forward
+    length: int  # tokens held before this forward, of the row that holds most
+    lengths: Tensor | None  # (B,) of each row, where they differ; None where they do not
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Takes the new (B, K, T, d), returns all of them (B, K, S, d)."""
@@ -52,14 +53,17 @@ def make_masks(
     doc_ids: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     dropout: bool = False,
+    offsets: Tensor | None = None,
 ) -> dict[int | None, Mask]:
     """The mask of each window that blocks have, None being that of blocks without one.
 
     Args: tokens (B, T), of which only shape and device matter; offset, how many keys a cache holds before them;
-    doc_ids (B, offset + T), numbered; dtype, of queries and keys; dropout, whether attention weights are dropped.
+    doc_ids (B, offset + T), numbered; dtype, of queries and keys; dropout, whether attention weights are dropped;
+    offsets (B,), how many keys each row holds, where they differ.
     """
     return {
-        window: make_mask(config, tokens, offset, doc_ids, window, dtype, dropout) for window in set(config.windows)
+        window: make_mask(config, tokens, offset, doc_ids, window, dtype, dropout, offsets)
+        for window in set(config.windows)
     }
 
 
@@ -71,12 +75,13 @@ def make_mask(
     window: int | None = None,
     dtype: torch.dtype = torch.float32,
     dropout: bool = False,
+    offsets: Tensor | None = None,
 ) -> Mask:
     """Chooses the fastest path for the rule and prepares what it needs; arguments as in `make_masks`."""
     T = tokens.shape[1]
     if window is not None and window >= offset + T:
         window = None  # nothing is as far away
-    mask = Mask(config.causal, offset, doc_ids, window)
+    mask = Mask(config.causal, offset, doc_ids, window, offsets)
     kernels: Collection[str] = ()
     if offset == 0 and (doc_ids is not None or window is not None):
         kernels = kernels_for(config, tokens.device, dtype, dropout, window is not None)
@@ -102,6 +107,8 @@ def choose_path(mask: Mask, T: int, kernels: Collection[str] = ()) -> Path:
 
     A block of queries at a time over their window is as fast as a kernel would be, without being compiled.
     """
+    if mask.offsets is not None:
+        return "dense"
     if mask.doc_ids is None and mask.window is None and (T == 1 or not mask.causal):
         return "full"  # a single new token sees everything before it
     if mask.doc_ids is None and mask.window is None:
@@ -158,6 +165,11 @@ def fused(
 ) -> Tensor:
     """Torch's fused attention; `seen` is True where a query sees a key. Shapes as in `attend`."""
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.shape[2] == 1 and not is_causal:
+        # the queries of a group are like so many tokens that see the same keys: each key is read once for all of them
+        B, H, _, d = q.shape
+        y = fused(q.reshape(B, k.shape[1], -1, d), k, v, seen, dropout)  # (B, K, H / K, d)
+        return y.reshape(B, H, 1, d)
     if grouped and not q.is_cpu and (seen is not None or q.dtype == torch.float32):
         # on a GPU only the flash kernel knows groups, and it takes neither a mask nor fp32
         k, v, grouped = *expand_groups(q, k, v), False

@@ -19,14 +19,23 @@ class Mask:
 
     The rule: query i, which stands at `offset + i` among the keys, sees key j if j <= offset + i (where `causal`), if
     they are less than `window` apart (where there is one), and if both are in the same document (where there are
-    `doc_ids`). `path` says how `attend` carries that out; what follows it is what that path needs.
+    `doc_ids`). Where rows of a cache hold different numbers of keys, the queries of row b stand at `offsets[b] + i`.
+    `path` says how `attend` carries that out; what follows it is what that path needs.
     """
 
-    def __init__(self, causal: bool, offset: int = 0, doc_ids: Tensor | None = None, window: int | None = None):
+    def __init__(
+        self,
+        causal: bool,
+        offset: int = 0,
+        doc_ids: Tensor | None = None,
+        window: int | None = None,
+        offsets: Tensor | None = None,
+    ):
         self.causal = causal
         self.offset = offset
         self.doc_ids = doc_ids  # (B, S), numbered
         self.window = window
+        self.offsets = offsets  # (B,), none greater than offset
         self.path: Path = "reference"
         self.dense: Tensor | None = None  # (B or 1, 1, T, S), True where the query sees the key; for the dense path
         self.lengths: list[int] = []  # of each document, row after row; for the documents path
@@ -41,9 +50,13 @@ def visible(mask: Mask, queries: range, keys: range, device: torch.device) -> Te
     """
     seen = torch.ones(1, 1, len(queries), len(keys), dtype=torch.bool, device=device)
     itself = queries.start - keys.start  # the diagonal on which a query meets its own key
-    if mask.causal:
+    if mask.offsets is not None:
+        own = mask.offsets[:, None] + torch.arange(queries.start, queries.stop, device=device) - mask.offset  # (B, T)
+        before = own[:, None, :, None] - torch.arange(keys.start, keys.stop, device=device)  # (B, 1, T, S)
+        seen = (before >= 0) & (before < (mask.window or len(keys)))
+    elif mask.causal:
         seen = seen.tril(itself)
-    if mask.window is not None:
+    if mask.window is not None and mask.offsets is None:
         seen = seen.tril(itself + mask.window - 1).triu(itself - mask.window + 1)
     if mask.doc_ids is not None:
         of_queries = mask.doc_ids[:, None, queries.start : queries.stop, None]

@@ -70,16 +70,17 @@ class Transformer(nn.Module):
             caches: one a block, for generation; earlier keys and values are taken from them and new ones added.
         """
         T = tokens.shape[1]
-        offset = caches[0].length if caches else 0
+        offset, offsets = (caches[0].length, caches[0].lengths) if caches else (0, None)
         self.check(tokens, doc_ids, offset)
         if doc_ids is not None:
             doc_ids = number_documents(doc_ids)
         if positions is None and doc_ids is not None:
             positions = restart_positions(doc_ids)[:, offset:]
         elif positions is None:
-            positions = torch.arange(offset, offset + T, device=tokens.device)[None]  # (1, T)
+            held = offset if offsets is None else offsets[:, None]
+            positions = held + torch.arange(T, device=tokens.device)[None]  # (1 or B, T)
         dtype, dropout = matmul_dtype(self.embed.weight), self.training and self.config.dropout > 0
-        masks = make_masks(self.config, tokens, offset, doc_ids, dtype, dropout)
+        masks = make_masks(self.config, tokens, offset, doc_ids, dtype, dropout, offsets)
 
         x = self.embed(tokens)  # (B, T, D)
         if self.config.embed_scale:
