@@ -1,7 +1,8 @@
 """Train language models from scratch in pure PyTorch."""
 
-from minillm.generate.engine import Completion, generate, stream
+from minillm.generate.engine import Engine, generate, stream
 from minillm.generate.params import SamplingParams
+from minillm.generate.request import Completion
 from minillm.load import load, save
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -10,6 +11,7 @@ from minillm.trainer import TrainConfig, Trainer
 
 __all__ = [
     "Completion",
+    "Engine",
     "ModelConfig",
     "SamplingParams",
     "Tokenizer",

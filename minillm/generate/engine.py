@@ -1,156 +1,380 @@
-"""Text from a model: the prompt in one forward, then one token a forward, earlier keys and values kept.
+"""Text from a model: requests wait, are read, grow by a token a step together, and leave.
 
-Shapes: B batch, T new tokens, S tokens so far, K kv heads, d head_dim, V vocab.
+    waiting         [F] [E] [D]                   admitted in order, as many as there are rows free
+                       |
+    prompts         DDDDDDDEEEE                   read in one row, end to end: no padding, and each sees only itself;
+                       |                          keys and values go into the slots of the cache
+    rows   0        A A A A A A A a               each row is a slot; a step reads one token of each, at its own place
+           1        B B B b
+           2        C C C C C c                   a row that ends leaves at once, and the last row takes its slot:
+           3        D D D D D D D d               the rows in use are always the first
+           4        E E E E e
+           .
+
+A step is one forward: of new prompts where some can begin, else of a token in each row. Nothing depends on what else is
+in the batch: every completion has random numbers of its own, and no row sees another.
+
+Shapes: B rows, T packed tokens, V vocab, D dim.
 """
 
-import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from minillm.generate.filters import choose
+from minillm.generate.cache import KVCache, NextTokens
+from minillm.generate.logprobs import TokenLogprob, text_logprobs, token_logprobs
 from minillm.generate.params import SamplingParams
+from minillm.generate.request import Completion, Prompt, Request, make_request
+from minillm.generate.rows import Sample, Search, choose_tokens
 from minillm.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]  # text, or tokens that are taken as they are
-DEFAULT_NEW_TOKENS = 256
+PROMPT_TOKENS = 4096  # read at once, at most: enough to keep any device busy, and little enough to fit into its memory
+# A step reads all weights once and the keys of every row. Where the keys are as large as the weights, more rows could
+# no more than halve the time a token takes; a model so small that its weights take no time gets this much anyway.
+LEAST_CACHE_BYTES = 2**30
+MOST_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Completion:
-    """What a model added to one prompt."""
+class Event:
+    """What a step added to one completion of a request."""
 
-    text: str
-    tokens: list[int]  # with the end-of-text token, where there was one
-    finish_reason: Literal["stop", "length"]  # the text ended, or max_new_tokens was reached
+    request: Request
+    index: int  # which of its completions, in the order they were begun
+    text: str  # what has become certain: never a part of a character, or of what may become a stop text
+    finished: bool  # whether this ended it
 
 
-class KVCache:
-    """Keys and values of one block, in memory taken once for `capacity` tokens (when the first arrive)."""
+class Engine:
+    """Completes any number of requests, which may come at any time, `max_rows` completions at once.
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.length = 0
-        self.k = self.v = torch.empty(0)
+        engine = Engine(model, tokenizer)
+        request = engine.add("Once upon a time", SamplingParams(n=2))
+        while engine.busy:
+            for event in engine.step():
+                print(event.index, event.text)
+        print(request.completions)
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep those of T new tokens, (B, K, T, d) each; returns those of all, (B, K, S, d)."""
-        B, K, T, d = k.shape
-        if self.length == 0:
-            self.k, self.v = k.new_empty(B, K, self.capacity, d), v.new_empty(B, K, self.capacity, d)
-        start, self.length = self.length, self.length + T
-        self.k[:, :, start : self.length] = k
-        self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+    Args:
+        max_rows: by default as many as keep the cache no larger than the weights, or 1 GiB; at most 256.
+        capacity: tokens that a prompt and its completion may have together; by default the model's max_seq_len.
+        compile: one kernel launch a step where there is a GPU (CUDA graphs); the first steps take minutes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_rows: int | None = None,
+        capacity: int | None = None,
+        compile: bool = False,
+    ):
+        self.model, self.tokenizer, self.compile = model, tokenizer, compile
+        self.device = next(model.parameters()).device
+        self.capacity = capacity or model.config.max_seq_len
+        self.max_rows = default_rows(model, self.capacity) if max_rows is None else max_rows
+        if self.max_rows < 1:
+            raise ValueError(f"max_rows: must be at least 1, not {max_rows}")
+        slots = power_of_two(self.max_rows) if compile else self.max_rows
+        self.cache = KVCache(model.config.n_layers, slots, self.capacity)
+        self.known = tokenizer.vocab_size if tokenizer else model.config.vocab_size  # some models have more ids
+        self.waiting: deque[Sample | Search] = deque()
+        self.rows: list[Sample | Search] = []  # who has each slot in use
+        self.next: list[int] = []  # the token that each of them reads next
+        self.ended: dict[Request, list[Sample]] = {}  # of requests that are not done, the completions that are
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or is being worked on."""
+        return bool(self.waiting or self.rows)
+
+    def add(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """A request that the next steps work on; ValueError where the model or the engine cannot do what is asked."""
+        request = make_request(self.model.config, self.tokenizer, prompt, params)
+        self.queue(request)
+        return request
+
+    def queue(self, request: Request) -> None:
+        """The same for a request that is made already."""
+        params = request.params
+        if request.length > self.capacity:
+            raise ValueError(
+                f"prompt and max_new_tokens make {request.length}; the engine has room for {self.capacity}"
+            )
+        if params.num_beams > self.max_rows:
+            raise ValueError(f"num_beams: {params.num_beams} are more than the engine's max_rows {self.max_rows}")
+        if params.use_beam_search:
+            self.waiting.append(Search(request))
+        else:
+            self.waiting.extend(Sample(request, i, self.tokenizer) for i in range(request.n_samples))
+
+    def cancel(self, request: Request) -> None:
+        """Nothing more is done for a request; its rows go to those that wait."""
+        self.waiting = deque(owner for owner in self.waiting if owner.request is not request)
+        self.free([slot for slot, owner in enumerate(self.rows) if owner.request is request])
+        self.ended.pop(request, None)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One forward, and what it added; nothing where the engine is not busy."""
+        if not self.busy:
+            return []
+        with evaluating(self.model):
+            begun = self.admit()
+            owners = begun or list(self.rows)
+            logits = self.read_prompts(begun) if begun else self.read_next()
+            return self.take_tokens(owners, logits)
+
+    # --- rows ---
+
+    def admit(self) -> list[Sample | Search]:
+        """Gives free slots to those that waited longest."""
+        begun = []
+        while self.waiting and len(self.rows) + self.waiting[0].n_rows <= self.max_rows:
+            owner = self.waiting.popleft()
+            owner.slots = list(range(len(self.rows), len(self.rows) + owner.n_rows))
+            self.rows += [owner] * owner.n_rows
+            self.next += [0] * owner.n_rows
+            begun.append(owner)
+        return begun
+
+    def free(self, slots: Sequence[int]) -> None:
+        """The slots' owners leave; the last rows move up into the gaps."""
+        for slot in sorted(slots, reverse=True):
+            last = len(self.rows) - 1
+            if slot < last:
+                mover = self.rows[last]
+                mover.slots[mover.slots.index(last)] = slot
+                self.rows[slot], self.next[slot] = mover, self.next[last]
+                self.cache.copy([last], [slot])
+            del self.rows[last], self.next[last]
+
+    # --- forwards ---
+
+    def read_prompts(self, begun: Sequence[Sample | Search]) -> Tensor:
+        """Logits after the prompt of each that begins, (n, V); samples of one prompt share the reading of it."""
+        first: dict[Request, Sample | Search] = {}
+        for owner in begun:
+            first.setdefault(owner.request, owner)
+        limit = min(PROMPT_TOKENS, self.model.config.max_seq_len)
+        groups: list[list[Request]] = []
+        total = limit
+        for request in first:
+            total += len(request.prompt)
+            if total > limit:
+                groups.append([])
+                total = len(request.prompt)
+            groups[-1].append(request)
+        logits = torch.cat([self.read_packed(group, [first[r].slots[0] for r in group]) for group in groups])
+        self.cache.copy([first[owner.request].slots[0] for owner in begun], [owner.slots[0] for owner in begun])
+        number = {request: i for i, request in enumerate(first)}
+        return logits[[number[owner.request] for owner in begun]]
+
+    def read_packed(self, requests: Sequence[Request], slots: Sequence[int]) -> Tensor:
+        """Reads prompts packed in one row into slots; logits after each of them, (n, V)."""
+        lengths = [len(request.prompt) for request in requests]
+        tokens = torch.tensor([[token for request in requests for token in request.prompt]], device=self.device)
+        doc_ids = torch.arange(len(requests)).repeat_interleave(torch.tensor(lengths))[None].to(self.device)  # (1, T)
+        ends = list(accumulate(lengths))
+
+        def head(lm_head: nn.Linear, hidden: Tensor) -> Tensor:
+            vocab_size = self.model.config.vocab_size
+            for request, end in zip(requests, ends):
+                k, before = request.params.prompt_logprobs, hidden[0, end - len(request.prompt) : end - 1]
+                if k is not None and request.prompt_logprobs is None:
+                    told = text_logprobs(lm_head, before, request.prompt[1:], vocab_size, k)
+                    request.prompt_logprobs = [None, *told]
+            return lm_head(hidden[0, [end - 1 for end in ends]])[:, :vocab_size]
+
+        caches = self.cache.packed_prompts(slots, lengths)
+        return self.model(tokens, doc_ids=doc_ids if len(requests) > 1 else None, caches=caches, head=head)
+
+    def read_next(self) -> Tensor:
+        """Reads the next token of each row; logits after it, (B, V)."""
+        n = len(self.rows)
+        if not self.compile:
+            tokens = torch.tensor(self.next, device=self.device)[:, None]  # (B, 1)
+            return next_logits(self.model, tokens, self.cache.next_tokens(n, self.device))
+        padded = power_of_two(n)  # few shapes, each compiled once
+        tokens = torch.tensor(self.next + [0] * (padded - n), device=self.device)[:, None]
+        return compiled_next_logits()(self.model, tokens, self.cache.next_tokens(n, self.device, padded))[:n]
+
+    # --- tokens ---
+
+    def take_tokens(self, owners: Sequence[Sample | Search], logits: Tensor) -> list[Event]:
+        """Each owner goes on by a token after its logits (n, V), in the order of slots; those that end leave."""
+        rows_of: dict[Sample | Search, list[int]] = {}
+        for row, owner in enumerate(owners):
+            rows_of.setdefault(owner, []).append(row)
+        samples = [owner for owner in rows_of if isinstance(owner, Sample)]
+        searches = [owner for owner in rows_of if isinstance(owner, Search)]
+        events = []
+        if samples:
+            own = logits[[rows_of[sample][0] for sample in samples]] if searches else logits
+            events = self.extend_samples(samples, own)
+        for search in searches:
+            events += self.extend_search(search, logits[rows_of[search]])
+        return events
+
+    def extend_samples(self, samples: Sequence[Sample], logits: Tensor) -> list[Event]:
+        chosen = choose_tokens(samples, logits[:, : self.known])
+        told = token_logprobs(logits, chosen, [sample.request.params.logprobs or 0 for sample in samples])
+        events = []
+        for sample, token in zip(samples, told):
+            text = sample.add(token)
+            self.next[sample.slots[0]] = token.token
+            events.append(Event(sample.request, sample.index, text, sample.finish_reason is not None))
+        ended = [sample for sample in samples if sample.finish_reason]
+        self.free([sample.slots[0] for sample in ended])
+        for sample in ended:
+            self.end(sample)
+        return events
+
+    def end(self, sample: Sample) -> None:
+        """Once all samples of a request have ended, the request is done with the best of them."""
+        request = sample.request
+        all_ended = self.ended.setdefault(request, [])
+        all_ended.append(sample)
+        n = request.params.n
+        if len(all_ended) == request.n_samples:
+            made = [sample.completion() for sample in sorted(self.ended.pop(request), key=lambda sample: sample.index)]
+            if request.n_samples > n:
+                made.sort(key=lambda one: one.cumulative_logprob / len(one.tokens), reverse=True)
+            request.completions = made[:n]
+
+    def extend_search(self, search: Search, logits: Tensor) -> list[Event]:
+        parents, tokens = search.advance(logits, self.known)
+        if tokens:
+            self.cache.copy([search.slots[parent] for parent in parents], search.slots)
+            for slot, token in zip(search.slots, tokens):
+                self.next[slot] = token
+            return []
+        self.free(search.slots)
+        search.request.completions = search.completions(self.tokenizer, self.score)
+        return [
+            Event(search.request, index, completion.text, True)
+            for index, completion in enumerate(search.request.completions)
+        ]
+
+    def score(self, request: Request, tokens: Sequence[int]) -> list[TokenLogprob]:
+        """How likely the model finds tokens after the prompt of a request."""
+        before, k = request.prompt + list(tokens[:-1]), request.params.logprobs or 0
+
+        def head(lm_head: nn.Linear, hidden: Tensor) -> list[TokenLogprob]:
+            return text_logprobs(lm_head, hidden[0, len(request.prompt) - 1 :], tokens, self.model.config.vocab_size, k)
+
+        return self.model(torch.tensor([before], device=self.device), head=head)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def next_logits(model: nn.Module, tokens: Tensor, caches: Sequence[NextTokens]) -> Tensor:
+    """Logits after one token more of each row. (B, 1) -> (B, V)"""
+    return model(tokens, caches=caches)[:, 0]
+
+
+@lru_cache
+def compiled_next_logits():
+    """The same as one launch of all its kernels, where the device can do that."""
+    return torch.compile(next_logits, mode="reduce-overhead", dynamic=False)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; the mode is given back."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
+def default_rows(model: nn.Module, capacity: int) -> int:
+    """How many completions an engine makes at once."""
+    config, weights = model.config, [*model.parameters(), *model.buffers()]
+    number = max(weight.element_size() for weight in weights)
+    row_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * capacity * number
+    room = max(sum(weight.nbytes for weight in weights), LEAST_CACHE_BYTES)
+    return max(1, min(room // row_bytes, MOST_ROWS))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+# --- all at once ------------------------------------------------------------------------------------------------------
 
 
 def generate(
     model: nn.Module,
     tokenizer: Tokenizer | None,
     prompts: Prompt | Sequence[Prompt],
-    params: SamplingParams | None = None,
-) -> Completion | list[Completion]:
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    max_rows: int | None = None,
+    compile: bool = False,
+) -> Completion | list[Completion] | list[list[Completion]]:
     """Continue a prompt, or each of a list: a Completion for one, a list of them for a list.
 
     A text is encoded with bos in front, the way training documents begin; an empty one starts from bos alone. The
-    model stops at eos. A completion depends on its prompt and the seed, not on the rest of the list.
+    model stops at eos. `params` are those of all prompts, or a list with those of each; where they ask for n > 1, a
+    list of n takes the place of a Completion. A completion depends on its prompt and its params, not on the rest of the
+    list. `max_rows` and `compile` are those of `Engine`.
     Raises ValueError before any work when a prompt, or what is asked of it, does not fit the model's context.
     """
-    params = params or SamplingParams()
     one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    requests = [prepare(model, tokenizer, prompt, params) for prompt in ([prompts] if one else prompts)]
-    completions = []
-    for tokens, max_new_tokens in requests:
-        new = list(decode(model, tokenizer, tokens, max_new_tokens, params))
-        ended = tokenizer is not None and new[-1] == tokenizer.eos_id
-        completions.append(Completion("".join(text_pieces(tokenizer, new)), new, "stop" if ended else "length"))
-    return completions[0] if one else completions
+    prompts = [prompts] if one else prompts
+    if params is None or isinstance(params, SamplingParams):
+        params = [params] * len(prompts)
+    if len(params) != len(prompts):
+        raise ValueError(f"params: {len(params)} of them for {len(prompts)} prompts; give one for all, or one a prompt")
+    requests = [make_request(model.config, tokenizer, *pair) for pair in zip(prompts, params)]
+    for _ in run(model, tokenizer, requests, max_rows, compile):
+        pass
+    done = [r.completions if r.params.n > 1 else r.completions[0] for r in requests]
+    return done[0] if one else done
 
 
 def stream(
-    model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, params: SamplingParams | None = None
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    *,
+    compile: bool = False,
 ) -> Iterator[str]:
-    """The text that `generate` would return, in pieces as they come, never a part of a character."""
-    params = params or SamplingParams()
-    tokens, max_new_tokens = prepare(model, tokenizer, prompt, params)  # here, so that it raises before iteration
-    return text_pieces(tokenizer, decode(model, tokenizer, tokens, max_new_tokens, params))
+    """The text that `generate` would return for a prompt, in pieces as they come, never a part of a character."""
+    request = make_request(model.config, tokenizer, prompt, params)  # here, so that it raises before iteration
+    if request.params.use_beam_search or request.n_samples > 1:
+        raise ValueError("stream: gives one completion as it comes; n, best_of and beam search are for generate")
+    return (event.text for event in run(model, tokenizer, [request], None, compile) if event.text)
 
 
-def prepare(
-    model: nn.Module, tokenizer: Tokenizer | None, prompt: Prompt, params: SamplingParams
-) -> tuple[list[int], int]:
-    """(prompt tokens, how many to add), or ValueError that says why the model cannot do it."""
-    config = model.config
-    if not config.causal:
-        raise ValueError("a bidirectional model (causal = false) cannot generate text")
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; not a pair")
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ValueError("a prompt of text needs a tokenizer; without one give a list of tokens")
-        tokens = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
-    else:
-        tokens = list(prompt)
-    if not tokens:
-        raise ValueError("prompt: is empty; give at least one token to go on from")
-    if wrong := [token for token in tokens if not 0 <= token < config.vocab_size]:
-        raise ValueError(f"prompt: token {wrong[0]} is outside the vocabulary of {config.vocab_size}")
-    room = config.max_seq_len - len(tokens)
-    new = params.max_new_tokens or max(1, min(room, DEFAULT_NEW_TOKENS))
-    if new > room:
-        raise ValueError(
-            f"max_new_tokens: {new} after a prompt of {len(tokens)} tokens makes {len(tokens) + new}, more than the "
-            f"model's max_seq_len {config.max_seq_len}; "
-            + (f"ask for at most {room}" if room > 0 else f"shorten the prompt by at least {1 - room} tokens")
-        )
-    return tokens, new
-
-
-def decode(
-    model: nn.Module, tokenizer: Tokenizer | None, prompt: list[int], max_new_tokens: int, params: SamplingParams
-) -> Iterator[int]:
-    """New tokens, one at a time, eos being the last if it comes."""
-    generator = torch.Generator()  # on the CPU: the same numbers whatever the device
-    generator.seed() if params.seed is None else generator.manual_seed(params.seed)
-    caches = [KVCache(len(prompt) + max_new_tokens) for _ in model.blocks]
-    device = next(model.parameters()).device
-    known = tokenizer.vocab_size if tokenizer is not None else None  # a model may have more ids than have a text
-    tokens = prompt
-    for _ in range(max_new_tokens):
-        logits = next_logits(model, torch.tensor([tokens], device=device), caches)[:, :known]  # (1, V)
-        token = int(choose(logits, params, torch.rand(1, generator=generator)))
-        yield token
-        if tokenizer is not None and token == tokenizer.eos_id:
-            return
-        tokens = [token]
-
-
-@torch.inference_mode()
-def next_logits(model: nn.Module, tokens: Tensor, caches: Sequence[KVCache]) -> Tensor:
-    """Logits after the last of the new tokens, which join the caches. (B, T) -> (B, V)"""
-
-    def last(lm_head: nn.Linear, hidden: Tensor) -> Tensor:  # the prompt's other positions need no logits
-        return lm_head(hidden[:, -1])[:, : model.config.vocab_size]
-
-    was_training = model.training
-    if was_training:
-        model.eval()  # without dropout
-    try:
-        return model(tokens, caches=caches, head=last)
-    finally:
-        if was_training:
-            model.train()
-
-
-def text_pieces(tokenizer: Tokenizer | None, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as far as it is certain: a character comes when its last byte has."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        piece = decoder.decode(tokenizer.token_bytes(token)) if tokenizer is not None else ""
-        if piece:
-            yield piece
-    if rest := decoder.decode(b"", final=True):
-        yield rest
+def run(
+    model: nn.Module, tokenizer: Tokenizer | None, requests: Sequence[Request], max_rows: int | None, compile: bool
+) -> Iterator[Event]:
+    """An engine as large as the requests need; what its steps add."""
+    if not requests:
+        return
+    capacity = max(request.length for request in requests)
+    rows = sum(max(request.n_samples, request.params.num_beams) for request in requests)
+    widest = max(request.params.num_beams for request in requests)
+    if max_rows is None:
+        max_rows = max(widest, min(rows, default_rows(model, capacity)))
+    engine = Engine(model, tokenizer, max_rows=max_rows, capacity=capacity, compile=compile)
+    for request in requests:
+        engine.queue(request)
+    while engine.busy:
+        yield from engine.step()
