@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 
 # Small products run no faster on two threads, and far slower where the machine is busy; also in child processes.
 torch.set_num_threads(1)
@@ -19,6 +20,19 @@ def real_data() -> Path:
     if "MINILLM_TEST_DATA" not in os.environ:
         pytest.skip("MINILLM_TEST_DATA is not set: the real texts are not part of the project")
     return Path(os.environ["MINILLM_TEST_DATA"])
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory) -> Iterator[Forks]:
+    """Starts processes at once."""
+    with Forks(tmp_path_factory.mktemp("forks")) as forks:
+        yield forks
+
+
+@pytest.fixture
+def known_peak(monkeypatch) -> None:
+    """train.py is told how fast the device is: measuring that takes longer than a small run."""
+    monkeypatch.setattr("train.peak_flops", lambda *_: 1e10)
 
 
 @pytest.fixture

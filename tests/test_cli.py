@@ -34,7 +34,7 @@ batch_tokens = 64
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def workplace(tmp_path, monkeypatch, known_peak):
     """A directory with a few rows of text."""
     monkeypatch.chdir(tmp_path)
     words = random.Random(0)

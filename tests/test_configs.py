@@ -44,7 +44,7 @@ def test_a_recipe_has_as_many_parameters_as_are_published(name):
 
 
 @pytest.fixture
-def text(tmp_path, monkeypatch):
+def text(tmp_path, monkeypatch, known_peak):
     monkeypatch.chdir(tmp_path)
     words = random.Random(0).choices(
         "the a cat dog sat ran on under mat hill and then it slept 山 水 花".split(), k=6000

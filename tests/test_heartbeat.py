@@ -13,7 +13,6 @@ from concurrent.futures import Future
 import pytest
 import torch
 import torch.distributed as torch_dist
-from forks import Forks
 
 from minillm.distributed import context, heartbeat
 from minillm.distributed.context import connect
@@ -47,12 +46,6 @@ def steps(words):
             time.sleep(2)
     print("done")
     return 0
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with Forks(tmp_path_factory.mktemp("forks")) as forks:
-        yield forks
 
 
 def outcome(forks, *words):

@@ -364,7 +364,7 @@ samples = 2
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def workplace(tmp_path, monkeypatch, known_peak):
     """A directory with two sources that have no word in common, and a small config that mixes them."""
     monkeypatch.chdir(tmp_path)
     words = random.Random(0)

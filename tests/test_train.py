@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def workplace(tmp_path, monkeypatch, known_peak):
     """A directory with a small corpus and a small config, and nothing that survives the test."""
     monkeypatch.chdir(tmp_path)
     write_small(tmp_path)
@@ -430,20 +430,19 @@ def test_help_explains_every_field_and_builds_no_model(capsys, monkeypatch):
             )
 
 
-def start(directory, *words):
-    command = [sys.executable, ROOT / "train.py", "small.toml", "--run.resume", "auto", *map(str, words)]
-    return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(forks, *words):
+    """train.py in a process of its own, which may be killed."""
+    return forks.start(1, "train:main", ["small.toml", "--run.resume", "auto", *map(str, words)])
 
 
-def test_sigterm_saves_and_the_resumed_run_is_bitwise_the_uninterrupted_one(workplace):
+def test_sigterm_saves_and_the_resumed_run_is_bitwise_the_uninterrupted_one(workplace, forks):
     words = ["--train.max_steps", 160, "--train.eval_every", 40, "--train.save_every", 1000]
-    with start(workplace, *words) as process:
-        while len(losses("runs/small")) < 3:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        output = process.communicate()[0]
-    assert process.returncode == 0, output
-    assert "stopped by SIGTERM" in output
+    process = start(forks, *words)
+    while len(losses("runs/small")) < 3:
+        time.sleep(0.02)
+    process.signal(0, signal.SIGTERM)
+    assert process.wait() == [0], process.said(0)
+    assert "stopped by SIGTERM" in process.said(0)
     stopped = checkpoint.read(checkpoint.latest(workplace / "runs/small/checkpoints"))[0]["progress"]["step"]
     assert 3 <= stopped < 160
     end = ["--train.max_steps", 160, "--train.eval_every", 40, "--train.save_every", 1000]
@@ -453,15 +452,15 @@ def test_sigterm_saves_and_the_resumed_run_is_bitwise_the_uninterrupted_one(work
     assert weights("runs/small") == weights("runs/whole")
 
 
-def kill_and_resume(workplace, kills, seed):
+def kill_and_resume(forks, kills, seed):
     """Kill a run at random moments, resume it each time, and compare its end with a run that was left alone.
 
-    About half of the moments are counted from the start of the process (imports, reading, loading the checkpoint), the
+    About half of the moments are counted from the start of the process (reading, loading the checkpoint), the
     others from its first step. Returns how many of the kills fell inside a save.
     """
 
     def unfinished(process):
-        return any((workplace / "runs/small/checkpoints").glob(f".step-*.{process.pid}.tmp"))
+        return any(Path("runs/small/checkpoints").glob(f".step-*.{process.processes[0]}.tmp"))
 
     inside, start_up = 0, 0.0
     end = ["--train.max_steps", 60, "--train.save_every", 1, "--train.eval_every", 20]
@@ -469,22 +468,22 @@ def kill_and_resume(workplace, kills, seed):
     moments = random.Random(seed)
     for _ in range(kills):
         before = len(losses("runs/small"))
-        with start(workplace, *end) as process:
-            if start_up and moments.random() < 0.5:
-                time.sleep(moments.uniform(0, start_up))
-            else:  # the time to the first step varies with the machine, so the clock starts with the first new row
-                begin = time.perf_counter()
-                while process.poll() is None and len(losses("runs/small")) <= before:
-                    time.sleep(0.005)
-                start_up = time.perf_counter() - begin
-                time.sleep(moments.uniform(0, 0.1))
-                wait = moments.random() < 0.5  # for a save, which is soon over
-                while wait and process.poll() is None and not unfinished(process):
-                    pass
-            process.kill()
-            process.communicate()
+        process = start(forks, *end)
+        if start_up and moments.random() < 0.5:
+            time.sleep(moments.uniform(0, start_up))
+        else:  # the time to the first step varies with the machine, so the clock starts with the first new row
+            begin = time.perf_counter()
+            while not process.ended(0) and len(losses("runs/small")) <= before:
+                time.sleep(0.005)
+            start_up = time.perf_counter() - begin
+            time.sleep(moments.uniform(0, 0.1))
+            wait = moments.random() < 0.5  # for a save, which is soon over
+            while wait and not process.ended(0) and not unfinished(process):
+                pass
+        process.signal(0, signal.SIGKILL)
+        codes = process.wait()
         inside += unfinished(process)
-        if process.returncode == 0:  # it was faster than the kill: both runs go on a little
+        if codes == [0]:  # it was faster than the kill: both runs go on a little
             end[1] += 30
             assert run("--run.dir", "runs/whole", "--run.resume", "auto", *end) == 0
     assert run("--run.resume", "auto", *end) == 0
@@ -493,13 +492,13 @@ def kill_and_resume(workplace, kills, seed):
     return inside
 
 
-def test_a_run_killed_three_times_ends_bitwise_like_one_left_alone(workplace):
-    kill_and_resume(workplace, kills=3, seed=1)
+def test_a_run_killed_three_times_ends_bitwise_like_one_left_alone(workplace, forks):
+    kill_and_resume(forks, kills=3, seed=1)
 
 
 @pytest.mark.soak
-def test_a_run_killed_fifty_times_ends_bitwise_like_one_left_alone(workplace):
-    assert kill_and_resume(workplace, kills=50, seed=2) >= 3
+def test_a_run_killed_fifty_times_ends_bitwise_like_one_left_alone(workplace, forks):
+    assert kill_and_resume(forks, kills=50, seed=2) >= 3
 
 
 def test_a_reader_who_leaves_does_not_end_the_training(workplace):
@@ -508,13 +507,14 @@ def test_a_reader_who_leaves_does_not_end_the_training(workplace):
     assert json.loads((workplace / "runs/small/summary.json").read_text())["step"] == 60
 
 
-def test_a_second_run_in_the_same_directory_is_refused(workplace, capsys):
-    with start(workplace, "--train.max_steps", 100_000) as process:
-        while not losses("runs/small"):
-            time.sleep(0.02)
-        message = failure(capsys, "--run.resume", "auto")
-        process.kill()
-    assert f"in use by process {process.pid}" in message
+def test_a_second_run_in_the_same_directory_is_refused(workplace, forks, capsys):
+    process = start(forks, "--train.max_steps", 5000)
+    while not losses("runs/small"):
+        time.sleep(0.02)
+    message = failure(capsys, "--run.resume", "auto")
+    process.signal(0, signal.SIGKILL)
+    assert process.wait() == [-9]
+    assert f"in use by process {process.processes[0]}" in message
 
 
 def test_importing_minillm_prints_nothing_and_probes_no_device(workplace):

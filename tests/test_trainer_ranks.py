@@ -100,7 +100,7 @@ LAYOUTS = [
     (Layout("fsdp", 1, 2, 1), [1, 2, 4]),
     (Layout("fsdp", 1, 4, 1), [1, 2]),
     (Layout("hsdp", 2, 2, 1), [1, 2]),
-    (Layout("fsdp", 1, 1, 2), [1, 4]),
+    (Layout("fsdp", 1, 1, 2), [1]),
     (Layout("fsdp", 1, 2, 2), [2]),
     (Layout("ddp", 2, 1, 2), [2]),
 ]
