@@ -8,7 +8,7 @@ LAYERS = [
     ["files", "scripts", "tensors"],
     ["config", "log", "losses", "optim", "run", "signals", "tokenizer"],
     ["model"],
-    ["data", "distributed", "lora"],
+    ["data", "distributed", "lora", "quantize"],
     ["checkpoint"],
     ["objectives", "doctor", "hf", "generate", "plan"],
     ["load", "eval", "memory"],

@@ -79,10 +79,10 @@ class Transformer(nn.Module):
         elif positions is None:
             held = offset if offsets is None else offsets[:, None]
             positions = held + torch.arange(T, device=tokens.device)[None]  # (1 or B, T)
-        dtype, dropout = matmul_dtype(self.embed.weight), self.training and self.config.dropout > 0
+        x = self.embed(tokens)  # (B, T, D)
+        dtype, dropout = matmul_dtype(x), self.training and self.config.dropout > 0
         masks = make_masks(self.config, tokens, offset, doc_ids, dtype, dropout, offsets)
 
-        x = self.embed(tokens)  # (B, T, D)
         if self.config.embed_scale:
             x = x * self.config.dim**0.5
         if self.config.position == "learned":
@@ -113,7 +113,8 @@ class Transformer(nn.Module):
     def tie_embeddings(self) -> None:
         """Makes lm_head and embed one parameter, where the config says so."""
         if self.config.tie_embeddings:
-            self.lm_head.weight = self.embed.weight
+            for name, parameter in self.embed.named_parameters():  # the weight; in int8 its scale, too
+                setattr(self.lm_head, name, parameter)
 
     def _apply(self, fn, recurse=True):
         # to_empty() and the like make a new parameter for each module that holds one: tie them again
