@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from minillm import checkpoint, hf
 from minillm.files import atomic_directory, explained, read_json
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
+from minillm.quantize import is_quantized, quantize_int8
 from minillm.tensors import parameter_names
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
@@ -72,10 +73,17 @@ def on_meta(stored: Stored) -> Transformer:
     """The model without memory, its parameters in the dtypes in which they are stored."""
     with torch.device("meta"):
         model = Transformer(stored.config)
+    if is_int8(stored):
+        quantize_int8(model)
     for name, parameter in model.named_parameters():
         if name in stored.tensors:
             parameter.data = parameter.data.to(stored.tensors[name][0])
     return model
+
+
+def is_int8(stored: Stored) -> bool:
+    """Whether the weights are stored in int8, each matrix with its scales beside it."""
+    return any(dtype == torch.int8 for dtype, _ in stored.tensors.values())
 
 
 def describe(folder: Path) -> tuple[ModelConfig, Tokenizer | None]:
@@ -102,6 +110,10 @@ def load_weights(path: str | Path, model: Transformer) -> Path:
     """
     folder = find_checkpoint(Path(path))
     stored, into = open_stored(folder), parameter_names(model)
+    if is_int8(stored):
+        raise ValueError(
+            f"{folder}: its weights are int8, good for inference only; start from what it was exported from"
+        )
     there = {name: tuple(shape) for name, (_, shape) in stored.tensors.items()}
     if there != {name: tuple(parameter.shape) for name, parameter in into.items()}:
         raise ValueError(f"{folder}: its model has another shape than the one that is to start from it")
@@ -119,11 +131,19 @@ def save(model: Transformer, tokenizer: Tokenizer | None, directory: str | Path)
     return Path(directory).resolve()
 
 
-def export(path: str | Path, directory: str | Path, step: int | None = None) -> Path:
+def export(
+    path: str | Path, directory: str | Path, step: int | None = None, quantize: Literal["int8"] | None = None
+) -> Path:
     """`save` of what `load` would load, however many files it is in; in the memory of a block of rows.
 
-    Raises ValueError as `load` and `save` do.
+    `quantize`: store the weights in int8, for inference alone; this takes the memory of the model. Raises ValueError as
+    `load` and `save` do.
     """
+    if quantize is not None:
+        model, tokenizer = load(path, step=step)
+        if is_quantized(model):
+            raise ValueError(f"{path}: its weights are int8 already; leave quantize out to copy it")
+        return save(quantize_int8(model), tokenizer, directory)
     stored = open_stored(find_checkpoint(Path(path), step))
     with new_home(stored.config, stored.tokenizer, directory) as (folder, state):
         checkpoint.write_whole(folder, stored.tensors, stored.blocks, state)

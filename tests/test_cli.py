@@ -9,7 +9,9 @@ import torch
 
 import train
 from minillm import cli
+from minillm.load import load
 from minillm.log import run_command
+from minillm.quantize import is_quantized
 
 CONFIG = """
 [run]
@@ -245,6 +247,15 @@ def test_an_exported_model_is_that_of_the_run(run_dir, workplace, capsys):
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
     assert "out: out is not empty" in failure(capsys, "export", run_dir, "out")
+
+
+def test_an_exported_model_in_int8_generates(run_dir, workplace, capsys):
+    assert minillm("export", run_dir, "out", "--quantize", "int8") == 0
+    assert is_quantized(load("out")[0])
+    capsys.readouterr()
+    assert minillm("generate", "out", "--prompt", "the cat", "--max_new_tokens", 5) == 0
+    assert capsys.readouterr().out.startswith("the cat")
+    assert "quantize" in failure(capsys, "export", run_dir, "other", "--quantize", "int4")
 
 
 def test_a_directory_that_is_no_run_is_named(workplace, capsys):

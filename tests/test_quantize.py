@@ -4,13 +4,17 @@ import copy
 import math
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
+from minillm import SamplingParams, generate
+from minillm.load import export, load, load_weights, save
 from minillm.losses import cross_entropy
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.quantize import Int8Embedding, Int8Linear, is_quantized, quantize_int8, to_int8
+from minillm.tokenizer import CharTokenizer
 
 SHAPES = {
     "llama": {"n_kv_heads": 2},
@@ -148,7 +152,7 @@ def test_the_perplexity_of_a_trained_model_changes_little():
     rows = text[: len(text) // 65 * 65].view(-1, 65)  # (n, T + 1)
     model = make_model(dim=32, n_layers=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(60):
+    for step in range(40):
         optimizer.zero_grad()
         mean_loss(model, rows[step % 30 :: 30][:, :33]).backward()
         optimizer.step()
@@ -163,3 +167,66 @@ def test_the_perplexity_of_a_trained_model_changes_little():
 def mean_loss(model, rows):
     loss = model(rows[:, :-1], head=lambda lm_head, hidden: cross_entropy(lm_head, hidden, rows[:, 1:]))
     return loss / rows[:, 1:].numel()
+
+
+# --- on the disk ------------------------------------------------------------------------------------------------------
+
+
+def same_numbers(a: Transformer, b: Transformer) -> bool:
+    a, b = dict(a.named_parameters()), dict(b.named_parameters())
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exported_model_is_the_quantized_one_bit_for_bit(model, tmp_path, dtype):
+    tokenizer = CharTokenizer("abcdefgh ")
+    saved = save(model.to(dtype), tokenizer, tmp_path / "model")
+    out = export(saved, tmp_path / "int8", quantize="int8")
+    loaded, theirs = load(out)
+    expected = quantize_int8(model)
+    assert same_numbers(loaded, expected)
+    assert theirs.hash == tokenizer.hash
+    assert torch.equal(loaded(TOKENS), expected(TOKENS))
+    assert (loaded.lm_head.weight is loaded.embed.weight) == model.config.tie_embeddings
+    assert same_numbers(load(export(out, tmp_path / "copy"))[0], expected)
+
+
+def test_the_file_has_a_byte_a_weight_and_tied_ones_once(tmp_path):
+    model = make_model(dim=128, n_layers=2)
+    out = export(save(model, None, tmp_path / "model"), tmp_path / "int8", quantize="int8")
+    stored = safetensors.torch.load_file(out / "model-00000.safetensors")
+    assert sum(t.numel() for t in stored.values() if t.dtype == torch.int8) == sum(
+        parameter.numel() for name, parameter in model.named_parameters() if parameter.ndim == 2
+    )
+    assert stored["embed.weight"].dtype == torch.int8
+    assert stored["embed.scale"].shape == (90,)
+    assert not any(name.startswith("lm_head") for name in stored)
+
+
+def test_it_generates_what_the_model_does_that_its_weights_say(tmp_path):
+    model = make_model().double()
+    loaded, _ = load(export(save(model, None, tmp_path / "model"), tmp_path / "int8", quantize="int8"))
+    prompts, params = [[5, 6, 7], [8]], SamplingParams(temperature=0, max_new_tokens=20)
+    expected = [completion.tokens for completion in generate(float_twin(loaded), None, prompts, params)]
+    assert [completion.tokens for completion in generate(loaded, None, prompts, params)] == expected
+
+
+def test_nothing_is_trained_or_quantized_from_int8(tmp_path):
+    model = make_model()
+    out = export(save(model, None, tmp_path / "model"), tmp_path / "int8", quantize="int8")
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="its weights are int8, good for inference only"):
+        load_weights(out, model)
+    assert same_numbers(model, before)
+    with pytest.raises(ValueError, match="its weights are int8 already"):
+        export(out, tmp_path / "twice", quantize="int8")
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_folder_that_lacks_a_scale_is_refused(tmp_path):
+    quantized = quantize_int8(make_model())
+    del quantized.blocks[0].attn.q_proj.scale
+    folder = save(quantized, None, tmp_path / "damaged")
+    with pytest.raises(ValueError, match=r"missing in the checkpoint: blocks\.0\.attn\.q_proj\.scale"):
+        load(folder)

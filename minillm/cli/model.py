@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from minillm.cli.verb import Verb
 from minillm.distributed.device import find_device
@@ -29,6 +29,7 @@ class Export:
     path: Annotated[str, "run directory or checkpoint"]
     out: Annotated[str, "folder to write"]
     step: Annotated[int | None, "checkpoint of a run; none: the newest", ">= 0"] = None
+    quantize: Annotated[Literal["int8"] | None, "int8: a byte a weight, for inference alone (none: as they are)"] = None
 
 
 def generate_text(options: Generate) -> None:
@@ -45,7 +46,7 @@ def generate_text(options: Generate) -> None:
 
 def export_model(options: Export) -> None:
     """Write the model of a run as one file, with config and tokenizer."""
-    out = export(options.path, free_directory(options.out), options.step)
+    out = export(options.path, free_directory(options.out), options.step, options.quantize)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {size / 1e6:,.1f} MB; minillm.load({str(options.out)!r}) reads it")
 
