@@ -404,3 +404,34 @@ def test_how_fast_ranks_are_is_a_median_over_rounds_of_times_within_a_round():
         ["alone", "1", "8", "1.00", "1.00"],
         ["ddp", "2", "13", "2.00", "2.00"],
     ]
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_figures_of_the_book_are_those_that_the_script_draws(tmp_path):
+    script("distributions").main(["--out", str(tmp_path)])
+    images = BENCHMARKS.parent / "docs" / "images"
+    drawn = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+    assert drawn.keys() == {"temperature.svg", "filters.svg", "penalties.svg"}
+    for name, picture in drawn.items():
+        assert picture == (images / name).read_text(encoding="utf-8"), name
+
+
+def test_each_parameter_is_timed(capsys):
+    script("filters").main(["--vocab_size", "2000", "--rows", "2", "--rounds", "1"])
+    assert len(rows(capsys.readouterr().out)) == 8
+
+
+def test_repetition_is_what_stands_earlier_in_the_text():
+    repeated = script("degeneration").repeated
+    assert repeated([1, 2, 3, 4, 5, 6], 2, 2) == 0
+    assert repeated([1, 2, 3, 1, 2, 3], 3, 2) == 2 / 3  # 31 is new; 12 and 23 are not
+    assert repeated([1, 2, 1, 2, 1, 2], 2, 2) == 3 / 4
