@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from minillm.data.batch import Batch
-from minillm.losses import IGNORE_INDEX, Penalties, chunked_cross_entropy, chunked_losses
+from minillm.losses import IGNORE_INDEX, Penalties, chunked_cross_entropy, chunked_losses, loss_and_hits
 
 Metrics = dict[str, tuple[Tensor | float, Tensor | int]]
 
@@ -62,3 +62,16 @@ class NextToken:
         if self.penalties.z_loss:
             metrics["z_loss"] = (losses.z_loss, count)
         return losses.total, metrics
+
+
+class NextTokenAccuracy(NextToken):
+    """`NextToken` for evaluation, with the metric `accuracy`: the share of targets that the model holds most likely."""
+
+    def __init__(self, vocab_size: int | None = None):
+        super().__init__(vocab_size)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The summed loss, without gradients, and the metric."""
+        head = partial(loss_and_hits, targets=batch.targets, **self.options)
+        loss_sum, hits = model(batch.tokens, positions=batch.positions, doc_ids=batch.doc_ids, head=head)
+        return loss_sum, {"accuracy": (hits, (batch.targets != IGNORE_INDEX).sum())}

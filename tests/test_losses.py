@@ -12,6 +12,7 @@ from minillm.losses import (
     chunked_losses,
     chunks,
     cross_entropy,
+    loss_and_hits,
     penalised_cross_entropy,
     token_logprobs,
 )
@@ -175,6 +176,29 @@ def test_without_gradients_none_is_computed(monkeypatch):
         torch.testing.assert_close(chunked_cross_entropy(lm_head, hidden, targets, chunk_tokens=4), expected)
     frozen = nn.Linear(D, V, bias=False).double().requires_grad_(False)
     assert not chunked_cross_entropy(frozen, hidden.detach(), targets).requires_grad
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 1000, None])
+@pytest.mark.parametrize("rows", [V, V + 5])
+def test_hits_are_the_targets_that_come_first_of_all_logits(chunk_tokens, rows):
+    lm_head, hidden, targets = problem(bias=True, rows=rows, ignored=[0, 5, 17])
+    targets[0, 3], targets[1, 2] = lm_head(hidden)[..., :V].argmax(-1)[[0, 1], [3, 2]]
+    hits = int((lm_head(hidden)[..., :V].argmax(-1) == targets).sum())
+    assert hits >= 2
+    loss, found = loss_and_hits(lm_head, hidden, targets, vocab_size=V, chunk_tokens=chunk_tokens)
+    torch.testing.assert_close(loss, cross_entropy(lm_head, hidden, targets, vocab_size=V).detach())
+    assert (found.item(), loss.requires_grad) == (hits, False)
+
+
+def test_of_tokens_equally_likely_one_is_hit():
+    lm_head = nn.Linear(D, V, bias=False)
+    nn.init.zeros_(lm_head.weight)
+    assert loss_and_hits(lm_head, torch.randn(1, V, D), torch.arange(V)[None])[1] == 1
+
+
+def test_nothing_to_predict_has_neither_loss_nor_hits():
+    lm_head, hidden, targets = problem(ignored=range(18))
+    assert [x.item() for x in loss_and_hits(lm_head, hidden, targets)] == [0, 0]
 
 
 @pytest.mark.parametrize("loss", CHUNKED)

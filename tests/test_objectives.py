@@ -10,7 +10,7 @@ from minillm.distributed.context import Context
 from minillm.losses import IGNORE_INDEX
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
-from minillm.objectives import NextToken
+from minillm.objectives import NextToken, NextTokenAccuracy
 from minillm.trainer import TrainConfig, Trainer
 
 CONFIG = ModelConfig(vocab_size=50, dim=16, n_layers=2, n_heads=2, max_seq_len=12, vocab_multiple=8)
@@ -109,6 +109,18 @@ def test_penalties_join_what_is_minimised_and_not_what_is_reported():
     torch.testing.assert_close(metrics["loss"], (plain.detach(), torch.tensor(33)))
     torch.testing.assert_close(metrics["z_loss"], (z_loss.detach(), torch.tensor(33)))
     assert set(NextToken(label_smoothing=0.1)(model, batch)[1]) == {"loss"}
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_accuracy_is_the_share_of_targets_that_are_most_likely(precision):
+    model, batch = Transformer(CONFIG), batch_of(ignored=[0, 13, 35])
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32), torch.no_grad():
+        best = model(batch.tokens).argmax(-1)
+        batch.targets[0, 1:8] = best[0, 1:8]
+        loss, metrics = NextTokenAccuracy(vocab_size=50)(model, batch)
+        torch.testing.assert_close(loss, NextToken(vocab_size=50)(model, batch)[0])
+    assert metrics == {"accuracy": (int((best == batch.targets).sum()), 33)}
+    assert metrics["accuracy"][0] >= 7
 
 
 def test_the_trainer_reports_the_plain_loss_and_the_z_loss():

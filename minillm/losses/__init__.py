@@ -5,6 +5,7 @@ from minillm.losses.heads import (
     chunked_cross_entropy,
     chunked_losses,
     cross_entropy,
+    loss_and_hits,
     penalised_cross_entropy,
     token_logprobs,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "chunked_cross_entropy",
     "chunked_losses",
     "cross_entropy",
+    "loss_and_hits",
     "matmul_dtype",
     "penalised_cross_entropy",
     "token_logprobs",

@@ -151,6 +151,31 @@ def token_logprobs(
     return logprobs.view(targets.shape)
 
 
+def loss_and_hits(
+    lm_head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+    skip_ignored: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(the summed loss, how many targets are the most likely token), for evaluation: chunked, without gradients.
+
+    Arguments as in `chunked_cross_entropy`. Of tokens equally likely the first is taken, as a greedy choice does.
+    """
+    vocab_size = vocab_size or lm_head.out_features
+    rows, row_targets, _ = select_rows(hidden, targets, vocab_size, skip_ignored)
+    chunk_tokens = chunk_tokens or default_chunk_tokens(len(rows), vocab_size, hidden.device)
+    losses, hits = [rows.new_zeros(())], [row_targets.new_zeros(())]
+    with torch.no_grad():
+        for h, t in zip(rows.split(chunk_tokens), row_targets.split(chunk_tokens)):
+            logits = lm_head(h)[:, :vocab_size]  # (C, V)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            losses.append(F.cross_entropy(logits, t, ignore_index=IGNORE_INDEX, reduction="sum"))
+            hits.append((logits.argmax(-1) == t).sum())
+    return sum(losses), sum(hits)
+
+
 def plain_logprobs(lm_head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int | None = None) -> Tensor:
     """log p(target) with all logits at once, (N, D) -> (N,); 0 where the target is ignored."""
     logits = lm_head(hidden)[..., :vocab_size]  # (N, V)
