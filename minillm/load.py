@@ -101,6 +101,13 @@ def describe(folder: Path) -> tuple[ModelConfig, Tokenizer | None]:
     return config, tokenizer
 
 
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of each file that holds weights of a checkpoint, which `load` proves when it reads them."""
+    _, manifest = checkpoint.read(folder)
+    files = {file for _, file, _ in checkpoint.pieces_of(manifest, skip=checkpoint.OPTIM)}
+    return {file: manifest["files"][file]["sha256"] for file in sorted(files)}
+
+
 @torch.no_grad()
 def load_weights(path: str | Path, model: Transformer) -> Path:
     """Fill a model with the weights of a run, checkpoint or folder, in dtypes of its own; returns where they were.

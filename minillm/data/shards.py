@@ -41,11 +41,7 @@ def prepare(
     if len(paths) == 1 and is_prepared(paths[0]):
         logger.info("%s: prepared tokens; data.val and how documents are cut are as they were then", paths[0])
         return open_prepared(paths[0], tokenizer.hash)
-    if tokenizer.eos_id is None:
-        raise ValueError(
-            "tokenizer: it has no token to end a document with; name one of its vocabulary as eos_token in the "
-            "tokenizer_config.json beside it"
-        )
+    check_ends(tokenizer)
     if config.val_split().kind == "auto":
         config = dataclasses.replace(config, val=f"{val_fraction(size_of_text(named_files('data.path', paths)))}")
     identity = identify(config, tokenizer, shard_tokens)
@@ -61,6 +57,15 @@ def prepare(
             with locked(lock, wait=True):
                 make(directory, identity, config, tokenizer, progress)
     return open_prepared(directory, tokenizer.hash)
+
+
+def check_ends(tokenizer: Tokenizer) -> None:
+    """Raises ValueError for a tokenizer that cannot say where a document ends."""
+    if tokenizer.eos_id is None:
+        raise ValueError(
+            "tokenizer: it has no token to end a document with; name one of its vocabulary as eos_token in the "
+            "tokenizer_config.json beside it"
+        )
 
 
 def size_of_text(files: list[Path]) -> int:
