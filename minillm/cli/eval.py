@@ -10,6 +10,7 @@ import torch
 
 from minillm import checkpoint
 from minillm.cli.verb import Verb
+from minillm.config import shown
 from minillm.data.text import named_files
 from minillm.distributed.device import best_precision, find_device
 from minillm.eval.text import EvalTextConfig, evaluate_text
@@ -71,9 +72,9 @@ def report(result: dict[str, Any]) -> str:
         "perplexity": f"{result['perplexity']:,.3f}",
         "bits per byte": f"{result['val_bpb']:.4f}",
         "accuracy": f"{result['val_accuracy']:.2%} of the tokens were the most likely",
-        "text": f"{result['tokens']:,} tokens, {result['bytes']:,} bytes, {result['documents']:,} documents, "
-        f"{files[0]}{more(files)}",
-        "settings": ", ".join(f"{name} {value}" for name, value in result["settings"].items()),
+        "text": f"{result['tokens']:,} tokens, {result['bytes']:,} bytes, documents: {result['documents']:,}",
+        "files": f"{files[0]}{more(files)}",
+        "settings": ", ".join(f"{name} {shown(value)}" for name, value in result["settings"].items()),
         "tokenizer": f"hash {result['tokenizer_hash']}",
         "model": result["model"],
         "weights": f"{weights[0][0]}, sha256 {weights[0][1]}{more(weights)}",
