@@ -104,8 +104,8 @@ def describe(folder: Path) -> tuple[ModelConfig, Tokenizer | None]:
 def weight_hashes(folder: Path) -> dict[str, str]:
     """The sha256 of each file that holds weights of a checkpoint, which `load` proves when it reads them."""
     _, manifest = checkpoint.read(folder)
-    files = {file for _, file, _ in checkpoint.pieces_of(manifest, skip=checkpoint.OPTIM)}
-    return {file: manifest["files"][file]["sha256"] for file in sorted(files)}
+    files = sorted(checkpoint.files_of(manifest, skip=checkpoint.OPTIM))
+    return {file: manifest["files"][file]["sha256"] for file in files}
 
 
 @torch.no_grad()

@@ -12,11 +12,13 @@ import time
 import pytest
 import torch
 
+from minillm import cli
 from minillm.cli.chat import COMMANDS, Session, obey
 from minillm.cli.conversation import Message, Rendered, continuation, fitting, read_conversation
 from minillm.generate.engine import generate
 from minillm.generate.params import SamplingParams
 from minillm.load import save
+from minillm.log import run_command
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.tokenizer import ByteTokenizer
@@ -76,10 +78,10 @@ def test_the_oldest_messages_are_left_out_where_there_is_no_room(system):
 
 
 def test_a_message_that_does_not_fit_alone_is_refused_and_not_kept():
-    with pytest.raises(ValueError, match="the message takes 12 tokens, and there is room for 11; shorten it"):
+    with pytest.raises(ValueError, match="the message takes 12 tokens, and there is room for 11 before an answer"):
         fitting(continuation, TOKENIZER, [A, B, A], 11)
     session = make_session(A, B)
-    with pytest.raises(ValueError, match="shorten it"):
+    with pytest.raises(ValueError, match="there is room for 48"):
         session.answer("x" * 64)
     assert session.messages == [A, B]
 
@@ -237,6 +239,11 @@ ANYWAY = "; a space before the slash makes it a message"
 def test_a_path_that_is_no_model_fails_in_one_line(tmp_path):
     done = subprocess.run(command(tmp_path), input="", capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+
+
+def test_options_that_choose_among_answers_are_refused(capsys):
+    assert run_command(cli.dispatch, ["chat", "anything", "--n", "2"]) == 1
+    assert "n: an answer is shown as it is made" in capsys.readouterr().err
 
 
 def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_chat(tmp_path):

@@ -14,7 +14,7 @@ whole.py makes one file of many.
 """
 
 from minillm.checkpoint.folder import fill, load_tensors, match_tensors, read, verify, write
-from minillm.checkpoint.manifest import OPTIM, pieces_of
+from minillm.checkpoint.manifest import OPTIM, files_of
 from minillm.checkpoint.ranks import ALONE
 from minillm.checkpoint.saver import PATIENCE, Saver
 from minillm.checkpoint.series import candidates, folder_of, latest, save
@@ -30,12 +30,12 @@ __all__ = [
     "block_reader",
     "candidates",
     "describe",
+    "files_of",
     "fill",
     "folder_of",
     "latest",
     "load_tensors",
     "match_tensors",
-    "pieces_of",
     "read",
     "save",
     "verify",

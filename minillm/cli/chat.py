@@ -25,6 +25,7 @@ from minillm.tokenizer import Tokenizer
 
 ANSWER_TOKENS = 256  # kept free for an answer where max_new_tokens is not set, or a quarter of a small context
 SEVERAL = ("n", "best_of", "use_beam_search", "num_beams", "length_penalty", "early_stopping")  # answers compared
+ONE_ANSWER = "an answer is shown as it is made, so there is one, and nothing to choose from"
 PARAMETERS = {field.name: field for field in fields_of(SamplingParams)}
 DEFAULTS = {name: getattr(SamplingParams(), name) for name in PARAMETERS}
 
@@ -62,9 +63,10 @@ class Session:
         Raises ValueError, before anything is changed, for what cannot be answered.
         """
         asked = [*self.messages, Message("user", said)]
-        rendered, self.n_left_out = fitting(self.template, self.tokenizer, asked, self.room())
+        rendered, n_left_out = fitting(self.template, self.tokenizer, asked, self.room())
         stops = (*self.params.stop_token_ids, *rendered.stop_token_ids)
         pieces = stream(self.model, self.tokenizer, rendered.tokens, replace(self.params, stop_token_ids=stops))
+        self.n_left_out = n_left_out
         return self.heard(asked, pieces)
 
     def heard(self, asked: list[Message], pieces: Iterator[str]) -> Iterator[str]:
@@ -114,7 +116,7 @@ def set_parameter(session: Session, words: str) -> str:
     if name not in PARAMETERS:
         raise ValueError(f"{name} is no parameter{nearest(name, PARAMETERS)}")
     if name in SEVERAL:
-        raise ValueError(f"{name}: an answer is shown as it is made, so there is one, and nothing to choose from")
+        raise ValueError(f"{name}: {ONE_ANSWER}")
     try:
         value = checked(PARAMETERS[name], value.strip())
     except ValueError as error:
@@ -183,6 +185,8 @@ def obey(session: Session, line: str) -> str:
 
 def chat(options: Chat) -> None:
     """Talk with a model until the input ends."""
+    if given := [name for name in SEVERAL if getattr(options, name) != DEFAULTS[name]]:
+        raise ValueError(f"{given[0]}: {ONE_ANSWER}")
     model, tokenizer = load(options.path, device=find_device(options.device), step=options.step)
     if tokenizer is None:
         raise ValueError(f"{options.path}: there is no tokenizer beside the model, so it cannot read or write text")
@@ -216,7 +220,7 @@ def show_answer(session: Session, said: str) -> None:
     before = session.n_left_out
     try:
         pieces = session.answer(said)
-        if session.n_left_out > before:
+        if session.n_left_out not in (0, before):
             say(f"the context is full: the {session.n_left_out} oldest messages are left out")
         for piece in pieces:
             print(piece, end="", flush=True)

@@ -59,7 +59,7 @@ def fitting(
     first = bisect_left(range(len(begins)), True, key=lambda number: len(rendered(number).tokens) <= most_tokens)
     if first == len(begins):
         n = len(rendered(first - 1).tokens)
-        raise ValueError(f"the message takes {n} tokens, and there is room for {most_tokens}; shorten it")
+        raise ValueError(f"the message takes {n} tokens, and there is room for {max(0, most_tokens)} before an answer")
     return rendered(first), begins[first] - len(system)
 
 

@@ -11,9 +11,8 @@ import torch
 from minillm import checkpoint
 from minillm.cli.verb import Verb
 from minillm.config import shown
-from minillm.data.text import named_files
 from minillm.distributed.device import best_precision, find_device
-from minillm.eval.text import EvalTextConfig, evaluate_text
+from minillm.eval.text import EvalTextConfig, evaluate_text, text_files
 from minillm.load import find_checkpoint, load, weight_hashes
 from minillm.log import memory_explained
 from minillm.trainer import DTYPES
@@ -36,6 +35,7 @@ class Eval:
 
 def evaluate_run(options: Eval) -> None:
     """Print how well a model predicts a text, of what weights and under what settings."""
+    files = text_files(options.data)  # a misspelt one is said before a large model is read
     device = find_device(options.device)
     precision = best_precision(device) if options.precision == "auto" else options.precision
     folder = find_checkpoint(Path(options.path), options.step)  # a run that goes on there may save a newer one now
@@ -52,7 +52,7 @@ def evaluate_run(options: Eval) -> None:
         "model": str(folder),
         "weights": weight_hashes(folder),
         "tokenizer_hash": tokenizer.hash,
-        "files": [str(file) for file in named_files("data.path", data.path)],
+        "files": [str(file) for file in files],
         "settings": settings | {"precision": precision, "device": device.type},
     }
     print(json.dumps(result) if options.json else report(result))

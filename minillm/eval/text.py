@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -103,8 +104,8 @@ def evaluate_text(
     tokenizer or rows that do not fit it; and, naming file and line, for text that cannot be read.
     """
     seq_len = text.seq_len or model.config.max_seq_len
-    check(model, tokenizer, text, seq_len)
-    files = named_files("data.path", text.path)
+    check_fit(model, tokenizer, seq_len)
+    files = text_files(text)
     size = sum(file.stat().st_size for file in files)
     device = next(model.parameters()).device
     rows = micro_batch_size or 2 * rows_of_a_forward(seq_len, STRETCH, device)  # no gradients are kept: more fits
@@ -131,8 +132,15 @@ def evaluate_text(
     return result | {"val_bpb": bits / seen.n_bytes, "bytes": seen.n_bytes, "documents": seen.documents}
 
 
-def check(model: nn.Module, tokenizer: Tokenizer | None, text: EvalTextConfig, seq_len: int) -> None:
-    """Raises ValueError for what cannot be evaluated."""
+def text_files(text: EvalTextConfig) -> list[Path]:
+    """The files of the text. Raises ValueError where there are none."""
+    if not text.path:
+        raise ValueError("data.path: no path given; name files, folders or globs of text")
+    return named_files("data.path", text.path)
+
+
+def check_fit(model: nn.Module, tokenizer: Tokenizer | None, seq_len: int) -> None:
+    """Raises ValueError for a model that cannot be evaluated so."""
     config = model.config
     if not config.causal:
         raise ValueError("a bidirectional model (causal = false) sees the tokens that it would have to predict")
@@ -145,8 +153,6 @@ def check(model: nn.Module, tokenizer: Tokenizer | None, text: EvalTextConfig, s
         raise ValueError(
             f"data.seq_len: {seq_len} is longer than the model's max_seq_len {config.max_seq_len}; give at most that"
         )
-    if not text.path:
-        raise ValueError("data.path: no path given; name files, folders or globs of text")
 
 
 def stretches(encoded: Iterable[Encoded], seq_len: int, packing: bool) -> Iterator[Stretch]:
