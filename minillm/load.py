@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minillm import checkpoint, hf
-from minillm.files import atomic_directory, explained, read_json
+from minillm.files import atomic_directory, explained, read_json, sha256
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.quantize import is_quantized, quantize_int8
@@ -102,10 +102,20 @@ def describe(folder: Path) -> tuple[ModelConfig, Tokenizer | None]:
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of each file that holds weights of a checkpoint, which `load` proves when it reads them."""
+    """The sha256 of each file that holds weights; those of a checkpoint are in its manifest, and proved by `load`."""
+    if hf.is_hugging_face(folder):
+        return {file: sha256(folder / file) for file in hf.weight_files(folder)}
     _, manifest = checkpoint.read(folder)
     files = sorted(checkpoint.files_of(manifest, skip=checkpoint.OPTIM))
     return {file: manifest["files"][file]["sha256"] for file in files}
+
+
+def trained_seq_len(folder: Path) -> int | None:
+    """The length of the rows that a folder's model was trained on here; None where that is not known."""
+    if hf.is_hugging_face(folder):
+        return None
+    state, _ = checkpoint.read(folder)
+    return ((state.get("config") or {}).get("data") or {}).get("seq_len")
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from minillm.log import read_metrics, run_command
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.tokenizer import ByteTokenizer
+from minillm.tokenizer.to_hf import hugging_face_files
 
 TOKENIZER = ByteTokenizer()
 FIGURES = ("val_loss", "val_bpb", "val_accuracy", "perplexity")
@@ -277,6 +278,37 @@ def test_the_result_says_what_was_measured(trained, tmp_path, capsys):
         found["weights"]["model-00000.safetensors"],
     ):
         assert expected in table
+
+
+@pytest.mark.parametrize("case", ["llama, tied", "gpt2"])
+@torch.no_grad()
+def test_a_hugging_face_folder_gets_the_figures_of_transformers(tmp_path, capsys, case):
+    transformers = pytest.importorskip("transformers", reason="the reference library, extra `test`")
+    from families import make
+
+    theirs, folder, texts = make(case, vocab_size=TOKENIZER.vocab_size), tmp_path / "folder", sentences(6)
+    theirs.save_pretrained(folder, max_shard_size="50KB")
+    for name, content in hugging_face_files(TOKENIZER).items():
+        (folder / name).write_text(content)
+    reader = transformers.AutoTokenizer.from_pretrained(folder)
+    nats = hits = targets = 0
+    for text in texts:
+        ids = [reader.bos_token_id, *reader.encode(text, add_special_tokens=False), reader.eos_token_id]
+        for start in range(0, len(ids) - 1, 16):
+            window, following = (torch.tensor([ids[a : a + 16]]) for a in (start, start + 1))
+            logits = theirs(window[:, : following.shape[1]]).logits[0].double()
+            nats += torch.nn.functional.cross_entropy(logits, following[0], reduction="sum").item()
+            hits += int((logits.argmax(-1) == following[0]).sum())
+            targets += following.shape[1]
+    path = write_rows(tmp_path / "a.jsonl", texts)
+    found = evaluated(capsys, folder, "--data.path", path, "--data.seq_len", 16)
+    assert (found["tokens"], found["val_accuracy"]) == (targets, hits / targets)
+    assert found["val_loss"] == pytest.approx(nats / targets, rel=1e-6)
+    assert found["val_bpb"] == pytest.approx(nats / math.log(2) / sum(len(text.encode()) for text in texts), rel=1e-6)
+    files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")}
+    assert found["weights"] == files
+    assert len(files) > 1
+    assert found["tokenizer_hash"] == load(folder)[1].hash
 
 
 def test_half_precision_is_computed_in_half_precision(tmp_path, capsys):

@@ -8,12 +8,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from minillm import checkpoint
 from minillm.cli.verb import Verb
 from minillm.config import shown
 from minillm.distributed.device import best_precision, find_device
 from minillm.eval.text import EvalTextConfig, evaluate_text, text_files
-from minillm.load import find_checkpoint, load, weight_hashes
+from minillm.load import find_checkpoint, load, trained_seq_len, weight_hashes
 from minillm.log import memory_explained
 from minillm.trainer import DTYPES
 
@@ -56,12 +55,6 @@ def evaluate_run(options: Eval) -> None:
         "settings": settings | {"precision": precision, "device": device.type},
     }
     print(json.dumps(result) if options.json else report(result))
-
-
-def trained_seq_len(folder: Path) -> int | None:
-    """The length of the rows that a checkpoint's model was trained on, where it is known."""
-    state, _ = checkpoint.read(folder)
-    return ((state.get("config") or {}).get("data") or {}).get("seq_len")
 
 
 def report(result: dict[str, Any]) -> str:

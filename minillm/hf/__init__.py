@@ -6,6 +6,6 @@ Hugging Face's names stand in this package and nowhere else.
 """
 
 from minillm.hf.config import is_hugging_face, read_config
-from minillm.hf.weights import blocks, describe, fill, find_sources
+from minillm.hf.weights import blocks, describe, fill, find_sources, weight_files
 
-__all__ = ["blocks", "describe", "fill", "find_sources", "is_hugging_face", "read_config"]
+__all__ = ["blocks", "describe", "fill", "find_sources", "is_hugging_face", "read_config", "weight_files"]

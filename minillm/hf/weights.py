@@ -90,18 +90,29 @@ def find_tensors(folder: Path) -> dict[str, Found]:
     """Every tensor in a folder's files, from their headers. Raises ValueError for files that are missing or damaged."""
     if (folder / ONE_FILE).exists():
         return tensors_of(folder / ONE_FILE)
-    if not (folder / INDEX).exists():
-        raise ValueError(f"{folder}: has no weights; {no_weights(folder)}")
-    index = parse(folder / INDEX, read_bytes((folder / INDEX).resolve())).get("weight_map")
-    plain = isinstance(index, dict) and all(isinstance(f, str) and PLAIN_NAME.fullmatch(f) for f in index.values())
-    if not plain:
-        raise ValueError(f"{folder / INDEX}: its weight_map does not name a file of this folder for each tensor")
+    index = read_index(folder)
     found: dict[str, Found] = {}
     for file in sorted(set(index.values())):
         found |= tensors_of(folder / file)
     if absent := sorted(index.keys() - found.keys()):
         raise ValueError(f"{folder / INDEX}: lists what its files do not hold: {listed(absent)}")
     return found
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """The file of each tensor, where there are several files."""
+    if not (folder / INDEX).exists():
+        raise ValueError(f"{folder}: has no weights; {no_weights(folder)}")
+    index = parse(folder / INDEX, read_bytes((folder / INDEX).resolve())).get("weight_map")
+    plain = isinstance(index, dict) and all(isinstance(f, str) and PLAIN_NAME.fullmatch(f) for f in index.values())
+    if not plain:
+        raise ValueError(f"{folder / INDEX}: its weight_map does not name a file of this folder for each tensor")
+    return index
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files that a folder's weights are in."""
+    return [ONE_FILE] if (folder / ONE_FILE).exists() else sorted(set(read_index(folder).values()))
 
 
 def tensors_of(path: Path) -> dict[str, Found]:
