@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minillm import checkpoint
 from minillm.config import build, flatten, help_text, lookup, to_dict
 from minillm.data.batch import Batch
 from minillm.data.config import DataConfig
@@ -34,7 +35,7 @@ from minillm.distributed.launch import check_same
 from minillm.distributed.parallelize import parallelize
 from minillm.distributed.tensor_parallel import tensor_parallel_problems
 from minillm.eval.perplexity import evaluate, mixture, token_byte_lengths
-from minillm.load import find_checkpoint, load_weights
+from minillm.load import load_weights
 from minillm.log import LOGGER, LogConfig, Tracker, kept_in, make_trackers, memory_explained, run_command
 from minillm.memory import Setting, memory_advice
 from minillm.model.config import ModelSection
@@ -263,9 +264,8 @@ def make_trainer(
 
 def start_from(path: str, trainer: Trainer) -> None:
     """Give the model the weights of an earlier one, and say how well it does on this text before the first step."""
-    dist, said = trainer.dist, ""
-    folder = Path(dist.broadcast(str(find_checkpoint(Path(path)))))  # a run that goes on there may save a newer one now
-    load_weights(folder, trainer.model)
+    trainer.dist.at("reading the weights", checkpoint.PATIENCE)
+    folder, said = load_weights(path, trainer.model, trainer.saver.dist), ""
     if trainer.evaluate:
         with trainer.autocast():
             said = f": val loss {trainer.evaluate(trainer.raise_if_stopped)['val_loss']:.4f} before the first step"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minillm import checkpoint, hf
+from minillm.distributed.context import Context
 from minillm.files import atomic_directory, explained, read_json, sha256
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -54,13 +55,16 @@ class Stored(NamedTuple):
     blocks: Callable[[str], Iterator[Tensor]]  # one parameter, some of its rows after the other
 
 
-def open_stored(folder: Path) -> Stored:
-    """The model of a folder, whichever format it is in. Raises ValueError where it is damaged or not what it says."""
+def open_stored(folder: Path, dist: Context = checkpoint.ALONE, hashed: bool = False) -> Stored:
+    """The model of a folder, whichever format it is in. Raises ValueError where it is damaged or not what it says.
+
+    `dist`, `hashed`: as for `checkpoint.verify`.
+    """
     if hf.is_hugging_face(folder):
         config, tokenizer = describe(folder)
         sources = hf.find_sources(folder, config)
         return Stored(config, tokenizer, hf.describe(sources), partial(hf.fill, sources), partial(hf.blocks, sources))
-    _, manifest = checkpoint.verify(folder, skip=checkpoint.OPTIM)
+    _, manifest = checkpoint.verify(folder, checkpoint.OPTIM, dist, hashed)
     config, tokenizer = describe(folder)
     tensors = checkpoint.describe(manifest, skip=checkpoint.OPTIM)
     fill, blocks = partial(checkpoint.fill, folder, manifest), checkpoint.block_reader(folder, manifest)
@@ -119,14 +123,15 @@ def trained_seq_len(folder: Path) -> int | None:
 
 
 @torch.no_grad()
-def load_weights(path: str | Path, model: Transformer) -> Path:
+def load_weights(path: str | Path, model: Transformer, dist: Context = checkpoint.ALONE) -> Path:
     """Fill a model with the weights of a run, checkpoint or folder, in dtypes of its own; returns where they were.
 
-    What no weight depends on may differ: how long sequences are, RoPE, dropout. Raises ValueError where a weight has
-    another shape or is missing.
+    Each rank proves its share of the files, and reads what it holds of each weight. What no weight depends on may
+    differ: how long sequences are, RoPE, dropout. Raises ValueError where a weight has another shape or is missing.
     """
-    folder = find_checkpoint(Path(path))
-    stored, into = open_stored(folder), parameter_names(model)
+    folder = find_checkpoint(Path(path), dist=dist)
+    is_of_run = folder != Path(path)  # then these ranks have proved it just now
+    stored, into = open_stored(folder, dist, hashed=is_of_run), parameter_names(model)
     if is_int8(stored):
         raise ValueError(
             f"{folder}: its weights are int8, good for inference only; start from what it was exported from"
@@ -184,8 +189,13 @@ def new_home(
             yield folder, {"config": written, "tokenizer_hash": tokenizer.hash if tokenizer else None}
 
 
-def find_checkpoint(path: Path, step: int | None = None) -> Path:
-    """The folder of weights that a path stands for: itself, or the newest valid checkpoint (or `step`'s) inside it."""
+def find_checkpoint(
+    path: Path, step: int | None = None, skip: str = checkpoint.OPTIM, dist: Context = checkpoint.ALONE
+) -> Path:
+    """The folder of weights that a path stands for: itself, or the newest valid checkpoint (or `step`'s) inside it.
+
+    `skip`, `dist`: as for `checkpoint.verify`, which says what is valid.
+    """
     if not path.is_dir():
         problem = "is a file; give the directory it is in" if path.exists() else "does not exist"
         raise ValueError(f"{path}: {problem} (expected a run, a checkpoint, a saved folder or one of Hugging Face's)")
@@ -194,16 +204,16 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
             raise ValueError(f"{path}: is a single checkpoint; give the run's directory to choose step {step} in it")
         return path
     for directory in (path / "checkpoints", path):
-        found = checkpoint.candidates(directory)
+        found = checkpoint.candidates(directory, dist)
         if found and step is not None:
             chosen = directory / f"step-{step:08d}"
             if chosen not in found:
                 raise ValueError(f"{directory}: no step {step}; there are {', '.join(p.name for p in found[::-1])}")
             return chosen
         if found:
-            newest = checkpoint.latest(directory, skip=checkpoint.OPTIM)
+            newest = checkpoint.latest(directory, skip, dist)
             if newest is None:
-                checkpoint.verify(found[0], skip=checkpoint.OPTIM)  # raises: says what is wrong with the newest
+                checkpoint.verify(found[0], skip, dist)  # raises: says what is wrong with the newest
             return newest
     if step is None and hf.is_hugging_face(path):
         return path

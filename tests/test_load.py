@@ -8,14 +8,19 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from live import Live
+from ranks import run_ranks
+from torch.distributed.fsdp import fully_shard
 
 from minillm import checkpoint
 from minillm.checkpoint.folder import write_shards
 from minillm.checkpoint.layout import Box, Layout, own_pieces
 from minillm.checkpoint.manifest import make_manifest
-from minillm.load import export, load, save
+from minillm.distributed.context import connect
+from minillm.load import export, find_checkpoint, load, load_weights, save
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
+from minillm.tensors import local_part
 from minillm.tokenizer import ByteTokenizer, CharTokenizer
 
 TOKENIZER = CharTokenizer("abcdefgh ")
@@ -130,23 +135,83 @@ def test_dtype_stays(tmp_path, dtype):
     assert {p.dtype for p in loaded.parameters()} == {dtype}
 
 
-def test_peak_memory_is_one_model_whatever_the_optimizer_holds(tmp_path):
-    """67 MB of parameters beside 134 MB of moments, loaded by a process of its own."""
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A run of 67 MB of parameters beside 134 MB of moments."""
+    path = tmp_path_factory.mktemp("large")
     config = ModelConfig(vocab_size=65536, dim=256, n_layers=1, max_seq_len=16)
     with torch.device("meta"):
         model = Transformer(config)
     tensors = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
     tensors |= {f"optim.{moment}.{name}": torch.zeros(p.shape) for moment in "ab" for name, p in tensors.items()}
-    checkpoint.save(tmp_path, 1, tensors, {"config": {"model": dataclasses.asdict(config)}})
-    script = """
+    checkpoint.save(path, 1, tensors, {"config": {"model": dataclasses.asdict(config)}})
+    return path
+
+
+def memory_of(function: str, *arguments: Path) -> int:
+    """The megabytes that a function of minillm.load takes at its peak, in a process of its own."""
+    script = f"""
 import resource, sys
-from minillm.load import load
+from minillm.load import {function}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-load(sys.argv[1])
+{function}(*sys.argv[1:])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
-    result = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 67 * 1.4
+    return int(subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, check=True).stdout)
+
+
+def test_peak_memory_is_one_model_whatever_the_optimizer_holds(large):
+    assert memory_of("load", large) < 67 * 1.4
+
+
+# --- the weights of one model in another ------------------------------------------------------------------------------
+
+
+def load_into_shards(path: Path) -> dict:
+    """What this rank of FSDP2 has read and held: weights, files proved, bytes at the peak; and what it was told."""
+    proved, file_hash = [], checkpoint.folder.file_hash
+    with connect("cpu") as dist, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            checkpoint.folder, "file_hash", lambda at, *size: (proved.append(at.name), file_hash(at, *size))[1]
+        )
+        model = make_model(1)
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+        with Live() as memory:
+            assert load_weights(path, model, dist) == path
+        held = sum(local_part(p)[0].untyped_storage().nbytes() for p in model.parameters())
+        weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+        seen = {"weights": weights, "proved": [*proved], "beside": memory.peak - held}
+        wider = make_model(ffn_dim=80)
+        with pytest.raises(ValueError, match="its model has another shape than the one that is to"):
+            load_weights(path, wider, dist)
+        assert same_weights(wider, make_model(ffn_dim=80))
+    return seen
+
+
+def test_each_rank_reads_its_part_of_the_weights_and_no_file_is_proved_twice(tmp_path):
+    """From half precision into fp32, sharded over two ranks; a model of another shape is left as it was."""
+    model = make_model().bfloat16()
+    path = save(model, TOKENIZER, tmp_path / "saved")
+    found = run_ranks(2, load_into_shards, path)
+    for each in found:
+        assert all(torch.equal(p.float(), each["weights"][name]) for name, p in model.named_parameters())
+        assert each["beside"] <= max(4 * p.numel() for p in model.parameters())
+    once = sorted(path.name for path in path.iterdir() if path.name != "manifest.json")
+    assert sorted(name for each in found for name in each["proved"]) == once
+    other = make_model(1)
+    load_weights(path, other)
+    assert same_weights(other, model.float())
+
+
+def test_damaged_weights_of_a_run_are_not_started_from(run):
+    shard = run / "checkpoints" / "step-00000020" / "model-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    model = make_model(1)
+    assert load_weights(run, model).name == "step-00000010"
+    assert same_weights(model, make_model(10))
+    assert find_checkpoint(run, skip=checkpoint.TENSORS) == shard.parent  # which needs no weights
 
 
 # --- one file of many -------------------------------------------------------------------------------------------------
@@ -213,24 +278,8 @@ def test_nothing_is_exported_over_something_or_from_something_damaged(run, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_export_takes_the_memory_of_a_block(tmp_path):
-    """67 MB of parameters beside 134 MB of moments, exported by a process of its own."""
-    config = ModelConfig(vocab_size=65536, dim=256, n_layers=1, max_seq_len=16)
-    with torch.device("meta"):
-        model = Transformer(config)
-    tensors = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
-    tensors |= {f"optim.{moment}.{name}": torch.zeros(p.shape) for moment in "ab" for name, p in tensors.items()}
-    checkpoint.save(tmp_path / "run", 1, tensors, {"config": {"model": dataclasses.asdict(config)}})
-    script = """
-import resource, sys
-from minillm.load import export
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-export(sys.argv[1], sys.argv[2])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-"""
-    command = [sys.executable, "-c", script, tmp_path / "run", tmp_path / "out"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 30  # MB
+def test_export_takes_the_memory_of_a_block(large, tmp_path):
+    assert memory_of("export", large, tmp_path / "out") < 30
 
 
 # --- what cannot be loaded -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ whole.py makes one file of many.
 """
 
 from minillm.checkpoint.folder import fill, load_tensors, match_tensors, read, verify, write
-from minillm.checkpoint.manifest import OPTIM, files_of
+from minillm.checkpoint.manifest import OPTIM, TENSORS, files_of
 from minillm.checkpoint.ranks import ALONE
 from minillm.checkpoint.saver import PATIENCE, Saver
 from minillm.checkpoint.series import candidates, folder_of, latest, save
@@ -26,6 +26,7 @@ __all__ = [
     "DTYPES",
     "OPTIM",
     "PATIENCE",
+    "TENSORS",
     "Saver",
     "block_reader",
     "candidates",

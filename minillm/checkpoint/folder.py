@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from minillm.checkpoint.layout import Box, Layout, held_here, intersection, lay_out, own_pieces, tied_groups
-from minillm.checkpoint.manifest import MANIFEST, STATE, file_of, files_of, make_manifest, read_manifest, spell
+from minillm.checkpoint.manifest import (
+    MANIFEST,
+    STATE,
+    file_of,
+    files_of,
+    make_manifest,
+    read_manifest,
+    spell,
+    tensors_of,
+)
 from minillm.checkpoint.ranks import ALONE, on_every_rank, on_main
 from minillm.checkpoint.shard import (
     DTYPES,
@@ -192,7 +201,7 @@ def match_tensors(
 
     Raises ValueError listing every tensor that is missing, unexpected, or of another shape or dtype.
     """
-    stored = {name: manifest["tensors"][name] for name in manifest["tensors"] if not (skip and name.startswith(skip))}
+    stored = tensors_of(manifest, skip)
     targets, missing, different = {}, [], []
     for group in tied_groups(into):
         name = next((name for name in group if name in stored), None)

@@ -20,6 +20,7 @@ from minillm.checkpoint.shard import CODES, DTYPES, MAX_JSON, PLAIN_NAME, parse,
 MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIM = "optim."  # tensors named so go into files of their own, so that loading a model never reads them
+TENSORS = ""  # all tensors are named so: what is skipped where only config and tokenizer are wanted
 MAX_DIMS = 8
 MAX_CORNERS = 2**22  # of the pieces of one tensor: those of a matrix cut for a million ranks
 MAX_PIECES = 2**26  # of all tensors: 405B parameters under AdamW on 16,384 ranks have 56 million
@@ -82,8 +83,13 @@ def file_name(kind: str, rank: int) -> str:
 
 def files_of(manifest: dict, skip: str | None = None) -> set[str]:
     """The files that hold a piece of a tensor, of those that are not skipped."""
-    tensors = manifest["tensors"].items()
-    return set().union(*(entry["pieces"] for name, entry in tensors if not (skip and name.startswith(skip))))
+    return set().union(*(entry["pieces"] for entry in tensors_of(manifest, skip).values()))
+
+
+def tensors_of(manifest: dict, skip: str | None = None) -> dict[str, dict]:
+    """The tensors whose names do not start with `skip`."""
+    tensors = manifest["tensors"]
+    return {name: tensors[name] for name in tensors if skip is None or not name.startswith(skip)}
 
 
 def read_manifest(path: Path) -> dict:

@@ -11,15 +11,14 @@ from torch import Tensor
 
 from minillm.checkpoint.folder import check_header, write_rest
 from minillm.checkpoint.layout import Box, Layout, intersection, rows_of
-from minillm.checkpoint.manifest import file_of, spell
+from minillm.checkpoint.manifest import file_of, spell, tensors_of
 from minillm.checkpoint.shard import BLOCK, DTYPES, byte_view, read_rows, write_blocks
 from minillm.tensors import narrowed
 
 
 def describe(manifest: Mapping[str, Any], skip: str) -> dict[str, tuple[torch.dtype, list[int]]]:
     """Dtype and shape of each tensor, but for those whose names start so."""
-    entries = {name: entry for name, entry in manifest["tensors"].items() if not name.startswith(skip)}
-    return {name: (DTYPES[entry["dtype"]], entry["shape"]) for name, entry in entries.items()}
+    return {name: (DTYPES[entry["dtype"]], entry["shape"]) for name, entry in tensors_of(manifest, skip).items()}
 
 
 def block_reader(path: Path, manifest: dict) -> Callable[[str], Iterator[Tensor]]:
