@@ -7,6 +7,7 @@ filled from them a part of a tensor at a time. So the peak is one model, and the
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -37,12 +38,8 @@ def load(
     Of a run, the newest checkpoint that verifies, or that of `step`. Parameters keep the dtype they were saved in.
     Raises ValueError for a path that is none of these, a damaged checkpoint, and a tokenizer that is not the model's.
     """
-    folder = find_checkpoint(Path(path), step)
-    stored = open_stored(folder)
-    model = on_meta(stored)
-    model.to_empty(device=device)
-    stored.fill(dict(model.named_parameters()))
-    return model.eval(), stored.tokenizer
+    stored = open_stored(find_checkpoint(Path(path), step))
+    return in_memory(stored, device), stored.tokenizer
 
 
 class Stored(NamedTuple):
@@ -61,9 +58,7 @@ def open_stored(folder: Path, dist: Context = checkpoint.ALONE, hashed: bool = F
     `dist`, `hashed`: as for `checkpoint.verify`.
     """
     if hf.is_hugging_face(folder):
-        config, tokenizer = describe(folder)
-        sources = hf.find_sources(folder, config)
-        return Stored(config, tokenizer, hf.describe(sources), partial(hf.fill, sources), partial(hf.blocks, sources))
+        return open_hugging_face(folder, describe(folder)[1])
     _, manifest = checkpoint.verify(folder, checkpoint.OPTIM, dist, hashed)
     config, tokenizer = describe(folder)
     tensors = checkpoint.describe(manifest, skip=checkpoint.OPTIM)
@@ -71,6 +66,13 @@ def open_stored(folder: Path, dist: Context = checkpoint.ALONE, hashed: bool = F
     stored = Stored(config, tokenizer, tensors, fill, blocks)
     checkpoint.match_tensors(folder, manifest, dict(on_meta(stored).named_parameters()), skip=checkpoint.OPTIM)
     return stored
+
+
+def open_hugging_face(folder: Path, tokenizer: Tokenizer | None = None) -> Stored:
+    """`open_stored` of one of their folders, but for its tokenizer."""
+    config = hf.read_config(folder)
+    sources = hf.find_sources(folder, config)
+    return Stored(config, tokenizer, hf.describe(sources), partial(hf.fill, sources), partial(hf.blocks, sources))
 
 
 def on_meta(stored: Stored) -> Transformer:
@@ -83,6 +85,13 @@ def on_meta(stored: Stored) -> Transformer:
         if name in stored.tensors:
             parameter.data = parameter.data.to(stored.tensors[name][0])
     return model
+
+
+def in_memory(stored: Stored, device: str | torch.device = "cpu") -> Transformer:
+    """The model, in eval mode, with its weights."""
+    model = on_meta(stored).to_empty(device=device)
+    stored.fill(dict(model.named_parameters()))
+    return model.eval()
 
 
 def is_int8(stored: Stored) -> bool:
@@ -154,22 +163,73 @@ def save(model: Transformer, tokenizer: Tokenizer | None, directory: str | Path)
 
 
 def export(
-    path: str | Path, directory: str | Path, step: int | None = None, quantize: Literal["int8"] | None = None
+    path: str | Path,
+    directory: str | Path,
+    step: int | None = None,
+    quantize: Literal["int8"] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """`save` of what `load` would load, however many files it is in; in the memory of a block of rows.
 
-    `quantize`: store the weights in int8, for inference alone; this takes the memory of the model. Raises ValueError as
-    `load` and `save` do.
+    `quantize`: store the weights in int8, for inference alone; this takes the memory of the model. `dtype`: cast them
+    to it; None leaves them as they are. Raises ValueError as `load` and `save` do.
     """
     if quantize is not None:
         model, tokenizer = load(path, step=step)
         if is_quantized(model):
             raise ValueError(f"{path}: its weights are int8 already; leave quantize out to copy it")
         return save(quantize_int8(model), tokenizer, directory)
-    stored = open_stored(find_checkpoint(Path(path), step))
+    source = find_checkpoint(Path(path), step)
+    stored = cast(open_stored(source), dtype)
     with new_home(stored.config, stored.tokenizer, directory) as (folder, state):
+        hf.copy_generation_config(source, folder)
         checkpoint.write_whole(folder, stored.tensors, stored.blocks, state)
     return Path(directory).resolve()
+
+
+def export_hugging_face(
+    path: str | Path,
+    directory: str | Path,
+    step: int | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | int = "5GB",
+) -> Path:
+    """`export` as a folder of Hugging Face's, for transformers and whatever else reads those.
+
+    What was written is read again and has to give the logits of the model before the folder is there. Raises
+    ValueError also for a model that no family of theirs can express.
+    """
+    source = find_checkpoint(Path(path), step)
+    stored = cast(open_stored(source), dtype)
+    if is_int8(stored):
+        raise ValueError(f"{source}: its weights are int8, which is our own format alone; export what it was made from")
+    with new_directory(directory) as folder:
+        hf.write(folder, stored.config, stored.tokenizer, stored.tensors, stored.blocks, max_shard_size)
+        hf.copy_generation_config(source, folder)
+        check_same_logits(stored, open_hugging_face(folder))
+    return Path(directory).resolve()
+
+
+def cast(stored: Stored, dtype: torch.dtype | None) -> Stored:
+    """The same model, its tensors described in another dtype, in which they are then written."""
+    if dtype is None:
+        return stored
+    if is_int8(stored):
+        raise ValueError(f"its weights are int8, which are not cast to {dtype}; export what it was made from")
+    return stored._replace(tensors={name: (dtype, shape) for name, (_, shape) in stored.tensors.items()})
+
+
+@torch.no_grad()
+def check_same_logits(source: Stored, written: Stored) -> None:
+    """Raises ValueError where the two give other logits for some tokens; one model is in memory at a time."""
+    count = min(16, source.config.max_seq_len)
+    tokens = (torch.arange(count) * 7919 % source.config.vocab_size)[None]  # (1, T), of all over the vocabulary
+    expected, found = (in_memory(stored)(tokens) for stored in (source, written))
+    largest, difference = expected.abs().max().item(), (expected - found).abs().max().item()
+    if not math.isfinite(largest):
+        raise ValueError(f"in {expected.dtype} the model's logits are no numbers; choose another dtype")
+    if not difference <= largest * max(1e-4, 4 * torch.finfo(expected.dtype).eps):
+        raise ValueError(f"what was written gives other logits than the model, by up to {difference:.2g}; not kept")
 
 
 @contextmanager
@@ -177,16 +237,23 @@ def new_home(
     config: ModelConfig, tokenizer: Tokenizer | None, directory: str | Path
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """(folder, state) to write weights with; the folder, with config and tokenizer, becomes `directory` in the end."""
+    written = {"model": dataclasses.asdict(config)}
+    with new_directory(directory) as folder:
+        (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        yield folder, {"config": written, "tokenizer_hash": tokenizer.hash if tokenizer else None}
+
+
+@contextmanager
+def new_directory(directory: str | Path) -> Iterator[Path]:
+    """A folder to write in that becomes `directory` in the end; ValueError where something is there already."""
     directory = Path(directory).resolve()
     with explained(directory):
         if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
             raise ValueError(f"{directory}: is there already; choose another directory, or remove it first")
-        written = {"model": dataclasses.asdict(config)}
         with atomic_directory(directory) as folder:
-            (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-            if tokenizer is not None:
-                tokenizer.save(folder)
-            yield folder, {"config": written, "tokenizer_hash": tokenizer.hash if tokenizer else None}
+            yield folder
 
 
 def find_checkpoint(
@@ -194,8 +261,10 @@ def find_checkpoint(
 ) -> Path:
     """The folder of weights that a path stands for: itself, or the newest valid checkpoint (or `step`'s) inside it.
 
-    `skip`, `dist`: as for `checkpoint.verify`, which says what is valid.
+    A name on the Hugging Face hub is looked for in the cache. `skip`, `dist`: as for `checkpoint.verify`, which says
+    what is valid.
     """
+    path = hf.find_folder(path)
     if not path.is_dir():
         problem = "is a file; give the directory it is in" if path.exists() else "does not exist"
         raise ValueError(f"{path}: {problem} (expected a run, a checkpoint, a saved folder or one of Hugging Face's)")

@@ -66,13 +66,14 @@ def make(case: str, **changes):
     """The model of a case, in which no weight is at a value that could hide a mistake (norms of 1, biases of 0)."""
     import transformers
 
+    torch.manual_seed(0)
     name, arguments = CASES[case]
     config = getattr(transformers, f"{name}Config")(**(arguments | changes))
     model = getattr(transformers, f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(config).eval()
-    generator = torch.Generator().manual_seed(0)
+    model.generation_config.eos_token_id = None
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.1 * torch.randn(parameter.shape))
     return model
 
 

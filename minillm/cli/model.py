@@ -1,7 +1,8 @@
-"""`minillm generate | export`: what is done with a trained model."""
+"""`minillm generate | import | export`: what is done with a trained model."""
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from minillm.cli.verb import Verb
@@ -9,7 +10,9 @@ from minillm.distributed.device import find_device
 from minillm.files import free_directory
 from minillm.generate.engine import stream
 from minillm.generate.params import SamplingParams
-from minillm.load import export, load
+from minillm.hf import find_folder, is_hugging_face
+from minillm.load import export, export_hugging_face, load
+from minillm.trainer.config import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +29,23 @@ class Generate(SamplingParams):
 class Export:
     """Options of `export`."""
 
-    path: Annotated[str, "run directory or checkpoint"]
+    path: Annotated[str, "run directory, checkpoint, or folder"]
     out: Annotated[str, "folder to write"]
+    format: Annotated[Literal["minillm", "hf"], "hf: as transformers reads it"] = "minillm"
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"] | None, "of the weights (none: as they are)"] = None
+    max_shard_size: Annotated[str | None, "hf: the largest file, such as 500MB (none: 5GB)"] = None
     step: Annotated[int | None, "checkpoint of a run; none: the newest", ">= 0"] = None
     quantize: Annotated[Literal["int8"] | None, "int8: a byte a weight, for inference alone (none: as they are)"] = None
+
+
+@dataclass(frozen=True)
+class Import:
+    """Options of `import`."""
+
+    path: Annotated[str, "Hugging Face folder, or a name on the hub"]
+    out: Annotated[str, "folder to write"]
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"] | None, "of the weights (none: as they are)"] = None
+    download: Annotated[bool, "fetch from the hub what its cache lacks"] = False
 
 
 def generate_text(options: Generate) -> None:
@@ -45,13 +61,36 @@ def generate_text(options: Generate) -> None:
 
 
 def export_model(options: Export) -> None:
-    """Write the model of a run as one file, with config and tokenizer."""
-    out = export(options.path, free_directory(options.out), options.step, options.quantize)
-    size = sum(file.stat().st_size for file in out.iterdir())
-    print(f"{out}: {size / 1e6:,.1f} MB; minillm.load({str(options.out)!r}) reads it")
+    """Write a model with config and tokenizer, in our format or Hugging Face's."""
+    out, dtype, size = free_directory(options.out), DTYPES.get(options.dtype), options.max_shard_size
+    if options.format == "minillm" and size is not None:
+        raise ValueError("max_shard_size: our own format is one file; give --format hf with it")
+    if options.quantize is not None and (options.format == "hf" or dtype is not None):
+        raise ValueError("quantize: int8 is of our own format, and a dtype itself; leave out --format hf and --dtype")
+    if options.format == "hf":
+        written = export_hugging_face(options.path, out, options.step, dtype, size or "5GB")
+    else:
+        written = export(options.path, out, options.step, options.quantize, dtype)
+    print_size(written, options.out)
+
+
+def import_model(options: Import) -> None:
+    """Write a Hugging Face model in our own format."""
+    folder = find_folder(options.path, options.download)
+    if not is_hugging_face(folder):
+        raise ValueError(f"{folder}: no Hugging Face folder: there is no config.json with a model_type in it")
+    print_size(export(folder, free_directory(options.out), dtype=DTYPES.get(options.dtype)), options.out)
+
+
+def print_size(written: Path, out: str) -> None:
+    size = sum(file.stat().st_size for file in written.iterdir())
+    print(f"{written}: {size / 1e6:,.1f} MB; minillm.load({out!r}) reads it")
 
 
 VERBS = {
     "generate": Verb(generate_text, Generate, ["path"], "RUN --prompt TEXT: continue a text"),
-    "export": Verb(export_model, Export, ["path", "out"], "RUN OUT: the model as one file, with config and tokenizer"),
+    "import": Verb(import_model, Import, ["path", "out"], "DIR OUT: a Hugging Face model in our own format"),
+    "export": Verb(
+        export_model, Export, ["path", "out"], "RUN OUT [--format hf]: the model with config and tokenizer, as a folder"
+    ),
 }

@@ -1,11 +1,24 @@
 """Folders of the Hugging Face hub, in both directions: what a model is, and its weights.
 
-families.py has a table for each kind of model; config.py translates config.json by it, and weights.py the tensors;
-hub.py finds a folder by its name on the hub.
-Hugging Face's names stand in this package and nowhere else.
+families.py has a table for each kind of model; config.py translates config.json by it, weights.py reads the tensors and
+export.py writes them; hub.py finds a folder by its name on the hub. Hugging Face's names stand in this package and
+nowhere else.
 """
 
 from minillm.hf.config import is_hugging_face, read_config
+from minillm.hf.export import copy_generation_config, write
+from minillm.hf.hub import find_folder
 from minillm.hf.weights import blocks, describe, fill, find_sources, weight_files
 
-__all__ = ["blocks", "describe", "fill", "find_sources", "is_hugging_face", "read_config", "weight_files"]
+__all__ = [
+    "blocks",
+    "copy_generation_config",
+    "describe",
+    "fill",
+    "find_folder",
+    "find_sources",
+    "is_hugging_face",
+    "read_config",
+    "weight_files",
+    "write",
+]

@@ -55,20 +55,24 @@ def read_config(folder: Path) -> ModelConfig:
 def to_model_config(values: dict[str, Any], family: Family, source: str) -> ModelConfig:
     """`read_config` of the content of a config.json; `source` is its name for errors."""
     left, problems = dict(values), []
-    fields: dict[str, Any] = {"tie_embeddings": False, **family.same}
+    fields: dict[str, Any] = dict(family.same)
     for name, key in family.keys.items():
         take_key(left, name, key, fields, problems)
-    if not problems:  # these need the others
-        WINDOWS[family.windows][0](left, fields, problems)
-        if fields["position"] == "rope":
-            take_rope(left, fields, problems)
     for name, accepted in (ONLY | family.only).items():
         if name in left and left[name] not in accepted:
             problems.append(f"{name} is {left[name]!r}; minillm has it as {either(accepted)} only")
         left.pop(name, None)
-    for name in left.keys() - WITHOUT_EFFECT if not problems else ():
-        problems.append(f"{name} ({left[name]!r}) is no key of a {family.model_type} that minillm knows; ")
-        problems[-1] += "remove it if it does not change what the model computes"
+    if isinstance(fields.get("n_layers"), int) and isinstance(
+        fields.get("max_seq_len"), int
+    ):  # what follows needs them
+        WINDOWS[family.windows][0](left, fields, problems)
+        if fields["position"] == "rope":
+            take_rope(left, fields, problems)
+        problems += [
+            f"{name} ({left[name]!r}) is no key of a {family.model_type} that minillm knows; "
+            "remove it if it does not change what the model computes"
+            for name in sorted(left.keys() - WITHOUT_EFFECT)
+        ]
     if not problems:
         try:
             return ModelConfig(**fields)
@@ -111,8 +115,8 @@ def take_window(left: dict, fields: dict, problems: list[str]) -> None:
     """Mistral: the window of every block; null for none."""
     fields["window"] = left.pop("sliding_window", 4096)
     kind = FULL if fields["window"] is None else SLIDING
-    if set(left.pop("layer_types", None) or [kind]) != {kind}:
-        problems.append(f"layer_types has others than {kind}; a model of model_type ministral can")
+    if left.pop("layer_types", None) not in (None, [kind] * fields["n_layers"]):
+        problems.append(f"layer_types has others than {kind}; only those of model_type ministral may")
 
 
 def take_listed_windows(left: dict, fields: dict, problems: list[str]) -> None:
@@ -125,13 +129,17 @@ def take_later_windows(left: dict, fields: dict, problems: list[str]) -> None:
     """Qwen: the window of the blocks that are listed, or of those from max_window_layers on, if at all."""
     used, window = left.pop("use_sliding_window", False), left.pop("sliding_window", 4096)
     first, kinds = left.pop("max_window_layers", 28), left.pop("layer_types", None)
+    if not isinstance(first, int):
+        problems.append(f"max_window_layers is {first!r}; a whole number is expected")
+        return
     later = [SLIDING if used and window is not None and i >= first else FULL for i in range(fields["n_layers"])]
     take_pattern(kinds or later, window if used else None, fields, problems)
 
 
 def take_pattern(kinds: list[str], window: int | None, fields: dict, problems: list[str]) -> None:
     """The window of each block as window and window_pattern."""
-    if not set(kinds) <= set(LETTERS) or len(kinds) != fields["n_layers"]:
+    known = isinstance(kinds, list) and all(kind in (FULL, SLIDING) for kind in kinds)
+    if not known or len(kinds) != fields["n_layers"]:
         problems.append(f"layer_types is {kinds}; {FULL} or {SLIDING} is expected for each of {fields['n_layers']}")
     elif SLIDING in kinds and window is None:
         problems.append(f"layer_types has {SLIDING}, but there is no sliding_window")
@@ -180,11 +188,11 @@ def take_rope(left: dict, fields: dict, problems: list[str]) -> None:
     original_len = rope.pop("original_max_position_embeddings", fields["max_seq_len"])
     if kind == "dynamic" and factor == 1:
         kind = "default"
-    if kind not in ROPE_KINDS:
+    if not isinstance(kind, str) or kind not in ROPE_KINDS:
         problems.append(f"rope_type is {kind!r}; minillm has it as {either(tuple(ROPE_KINDS))} only")
         return
     computed = {"partial_rotary_factor": 1, **ROPE_KINDS[kind]}
-    if kind == "yarn":
+    if kind == "yarn" and factor > 0:
         computed["attention_factor"] = 0.1 * math.log(factor) + 1
         mscale, mscale_all_dim = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
         if mscale and mscale_all_dim:  # another way to say it
@@ -204,9 +212,16 @@ def take_rope_keys(left: dict, problems: list[str]) -> dict[str, Any]:
     rope: dict[str, Any] = {}
     outside = {name: left.pop(name, None) for name in ROPE_OUTSIDE}
     for said in (left.pop("rope_parameters", None), left.pop("rope_scaling", None), outside):
+        if not isinstance(said or {}, dict):
+            problems.append(f"rope_scaling is {said!r}; an object is expected")
+            continue
         for name, value in (said or {}).items():
             name = "rope_type" if name == "type" else name
-            if value is not None and rope.setdefault(name, value) != value:
+            if value is None:
+                continue
+            if name != "rope_type" and not isinstance(value, int | float):
+                problems.append(f"{name} is {value!r}; a number is expected")
+            elif rope.setdefault(name, value) != value:
                 problems.append(f"{name} is given twice, as {rope[name]!r} and as {value!r}")
     return rope
 
@@ -215,9 +230,11 @@ def written_rope(config: ModelConfig) -> dict[str, Any]:
     """The spelling of transformers 4, which 5 reads too."""
     if config.rope_scaling not in ROPE_KINDS:
         return {"rope_theta": config.rope_theta, "rope_scaling": None}
-    scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor, **ROPE_KINDS[config.rope_scaling]}
+    scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
     if config.rope_scaling != "linear":
         scaling["original_max_position_embeddings"] = config.rope_original_len
+    if config.rope_scaling == "llama3":  # those of yarn are its defaults
+        scaling |= ROPE_KINDS["llama3"]
     return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
 
 
@@ -226,17 +243,16 @@ def written_rope(config: ModelConfig) -> dict[str, Any]:
 
 def choose_family(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     """The first family that can express a model, and its config.json. Raises ValueError naming what none can."""
-    nearest: list[str] | None = None
+    ours, different = decisive(config), {}
     for family in FAMILIES.values():
         values = to_hugging_face(config, family)
         theirs = decisive(to_model_config(values, family, family.model_type))
-        ours = decisive(config)
-        different = [f"{name} {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
-        if not different:
+        fields = [name for name in ours if ours[name] != theirs.get(name, ours[name])]
+        different[family.model_type] = [f"{name} {ours[name]!r}" for name in fields]
+        if not different[family.model_type]:
             return family, values
-        if nearest is None or len(different) < len(nearest):
-            nearest, name = different, family.model_type
-    raise ValueError(f"no family of Hugging Face's is this model; the nearest, {name}, but for {', '.join(nearest)}")
+    name, nearest = min(different.items(), key=lambda one: len(one[1]))
+    raise ValueError(f"no family of Hugging Face's is this model; the nearest is {name}, but for {', '.join(nearest)}")
 
 
 def to_hugging_face(config: ModelConfig, family: Family) -> dict[str, Any]:
