@@ -3,7 +3,7 @@
 from minillm.generate.engine import Engine, generate, stream
 from minillm.generate.params import SamplingParams
 from minillm.generate.request import Completion
-from minillm.load import load, save
+from minillm.load import default_params, load, save
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -18,6 +18,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "Transformer",
+    "default_params",
     "generate",
     "load",
     "load_tokenizer",

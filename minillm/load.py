@@ -20,9 +20,10 @@ from torch import Tensor
 from minillm import checkpoint, hf
 from minillm.distributed.context import Context
 from minillm.files import atomic_directory, explained, read_json, sha256
+from minillm.generate.params import SamplingParams
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
-from minillm.quantize import is_quantized, quantize_int8
+from minillm.quantize import quantize_int8
 from minillm.tensors import parameter_names
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
@@ -131,6 +132,15 @@ def trained_seq_len(folder: Path) -> int | None:
     return ((state.get("config") or {}).get("data") or {}).get("seq_len")
 
 
+def default_params(path: str | Path) -> SamplingParams:
+    """How a folder asks to be sampled from: by its generation_config.json; SamplingParams() where it has none."""
+    folder = hf.find_folder(path)
+    try:
+        return SamplingParams(**hf.read_generation_config(folder))
+    except ValueError as error:
+        raise ValueError(f"{folder / hf.GENERATION}: {error}") from None
+
+
 @torch.no_grad()
 def load_weights(path: str | Path, model: Transformer, dist: Context = checkpoint.ALONE) -> Path:
     """Fill a model with the weights of a run, checkpoint or folder, in dtypes of its own; returns where they were.
@@ -174,16 +184,16 @@ def export(
     `quantize`: store the weights in int8, for inference alone; this takes the memory of the model. `dtype`: cast them
     to it; None leaves them as they are. Raises ValueError as `load` and `save` do.
     """
-    if quantize is not None:
-        model, tokenizer = load(path, step=step)
-        if is_quantized(model):
-            raise ValueError(f"{path}: its weights are int8 already; leave quantize out to copy it")
-        return save(quantize_int8(model), tokenizer, directory)
     source = find_checkpoint(Path(path), step)
     stored = cast(open_stored(source), dtype)
+    if quantize is not None and is_int8(stored):
+        raise ValueError(f"{source}: its weights are int8 already; leave quantize out to copy it")
     with new_home(stored.config, stored.tokenizer, directory) as (folder, state):
         hf.copy_generation_config(source, folder)
-        checkpoint.write_whole(folder, stored.tensors, stored.blocks, state)
+        if quantize is None:
+            checkpoint.write_whole(folder, stored.tensors, stored.blocks, state)
+        else:
+            checkpoint.write(folder, parameter_names(quantize_int8(in_memory(stored))), state)
     return Path(directory).resolve()
 
 

@@ -38,7 +38,11 @@ def dispatch(argv: Sequence[str]) -> int:
     given, line = arguments(verb.options, rest)
     if len(given) > len(verb.words):
         raise ConfigError([f"minillm {name}: {given[len(verb.words)]!r} is not expected; {verb.help}"])
-    verb.run(build(verb.options, [Layer("command line", dict(zip(verb.words, given))), line]))
+    layers = [Layer("command line", dict(zip(verb.words, given))), line]
+    options = build(verb.options, layers)
+    if verb.defaults is not None:
+        options = build(verb.options, [verb.defaults(options), *layers])
+    verb.run(options)
     return 0
 
 

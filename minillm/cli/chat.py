@@ -14,6 +14,7 @@ from typing import Annotated, NamedTuple
 from torch import nn
 
 from minillm.cli.conversation import Message, Template, continuation, fitting, read_conversation, to_json
+from minillm.cli.model import params_of_folder
 from minillm.cli.verb import Verb
 from minillm.config import checked, fields_of, nearest, shown
 from minillm.distributed.device import find_device
@@ -38,6 +39,11 @@ class Chat(SamplingParams):
     system: Annotated[str, "what stands before the conversation, however long that gets"] = ""
     step: Annotated[int | None, "checkpoint of a run; none: the newest", ">= 0"] = None
     device: Annotated[str, "auto | cpu | cuda | mps | ..."] = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if given := [name for name in SEVERAL if getattr(self, name) != DEFAULTS[name]]:
+            raise ValueError(f"{given[0]}: {ONE_ANSWER}")
 
 
 @dataclass
@@ -185,8 +191,6 @@ def obey(session: Session, line: str) -> str:
 
 def chat(options: Chat) -> None:
     """Talk with a model until the input ends."""
-    if given := [name for name in SEVERAL if getattr(options, name) != DEFAULTS[name]]:
-        raise ValueError(f"{given[0]}: {ONE_ANSWER}")
     model, tokenizer = load(options.path, device=find_device(options.device), step=options.step)
     if tokenizer is None:
         raise ValueError(f"{options.path}: there is no tokenizer beside the model, so it cannot read or write text")
@@ -236,4 +240,12 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-VERBS = {"chat": Verb(chat, Chat, ["path"], "RUN: talk with a model, as plain text that it continues")}
+VERBS = {
+    "chat": Verb(
+        chat,
+        Chat,
+        ["path"],
+        "RUN: talk with a model, as plain text that it continues",
+        defaults=params_of_folder,
+    )
+}

@@ -3,16 +3,19 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from minillm.cli.verb import Verb
+from minillm.config import Layer
 from minillm.distributed.device import find_device
 from minillm.files import free_directory
 from minillm.generate.engine import stream
-from minillm.generate.params import SamplingParams
+from minillm.generate.params import SAMPLING_ONLY, SamplingParams
 from minillm.hf import find_folder, is_hugging_face
-from minillm.load import export, export_hugging_face, load
+from minillm.load import default_params, export, export_hugging_face, load
 from minillm.trainer.config import DTYPES
+
+PARAMETERS = [field.name for field in dataclasses.fields(SamplingParams)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +51,19 @@ class Import:
     download: Annotated[bool, "fetch from the hub what its cache lacks"] = False
 
 
+def params_of_folder(options: Any) -> Layer:
+    """What the model's folder says of sampling from it, in its generation_config.json; `options` are a verb's."""
+    params = default_params(options.path)
+    names = [name for name in PARAMETERS if not (options.use_beam_search and name in SAMPLING_ONLY)]
+    return Layer(options.path, {name: getattr(params, name) for name in names})
+
+
 def generate_text(options: Generate) -> None:
     """Continue a prompt, a piece at a time."""
     model, tokenizer = load(options.path, device=find_device(options.device), step=options.step)
     if tokenizer is None:
         raise ValueError(f"{options.path}: there is no tokenizer beside the model, so it cannot read or write text")
-    params = SamplingParams(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingParams)})
+    params = SamplingParams(**{name: getattr(options, name) for name in PARAMETERS})
     print(options.prompt, end="", flush=True)
     for piece in stream(model, tokenizer, options.prompt, params):
         print(piece, end="", flush=True)
@@ -88,7 +98,9 @@ def print_size(written: Path, out: str) -> None:
 
 
 VERBS = {
-    "generate": Verb(generate_text, Generate, ["path"], "RUN --prompt TEXT: continue a text"),
+    "generate": Verb(
+        generate_text, Generate, ["path"], "RUN --prompt TEXT: continue a text", defaults=params_of_folder
+    ),
     "import": Verb(import_model, Import, ["path", "out"], "DIR OUT: a Hugging Face model in our own format"),
     "export": Verb(
         export_model, Export, ["path", "out"], "RUN OUT [--format hf]: the model with config and tokenizer, as a folder"

@@ -1,7 +1,9 @@
 """What a verb is: a row of a table. Its options are a dataclass, its function calls the library."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from minillm.config import Layer
 
 
 class Verb(NamedTuple):
@@ -12,3 +14,4 @@ class Verb(NamedTuple):
     words: Sequence[str]
     help: str
     reads_config: bool = False  # whether it takes a config file, and a model preset, as the scripts do
+    defaults: Callable[[Any], Layer] | None = None  # of options as they were given: what holds where nothing was

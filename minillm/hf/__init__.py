@@ -1,16 +1,18 @@
 """Folders of the Hugging Face hub, in both directions: what a model is, and its weights.
 
 families.py has a table for each kind of model; config.py translates config.json by it, weights.py reads the tensors and
-export.py writes them; hub.py finds a folder by its name on the hub. Hugging Face's names stand in this package and
-nowhere else.
+export.py writes them; generation.py reads how to sample from a model, and hub.py finds a folder by its name on the hub.
+Hugging Face's names stand in this package and nowhere else.
 """
 
 from minillm.hf.config import is_hugging_face, read_config
 from minillm.hf.export import copy_generation_config, write
+from minillm.hf.generation import GENERATION, read_generation_config
 from minillm.hf.hub import find_folder
 from minillm.hf.weights import blocks, describe, fill, find_sources, weight_files
 
 __all__ = [
+    "GENERATION",
     "blocks",
     "copy_generation_config",
     "describe",
@@ -19,6 +21,7 @@ __all__ = [
     "find_sources",
     "is_hugging_face",
     "read_config",
+    "read_generation_config",
     "weight_files",
     "write",
 ]

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from minillm.checkpoint.shard import byte_view, write_blocks
 from minillm.hf.config import choose_family
+from minillm.hf.generation import GENERATION
 from minillm.hf.weights import INDEX, ONE_FILE, lay_out
 from minillm.model.config import ModelConfig
 from minillm.tokenizer import Tokenizer
 from minillm.tokenizer.to_hf import hugging_face_files
 
-GENERATION = "generation_config.json"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
