@@ -70,6 +70,7 @@ class HFTokenizer(TableTokenizer):
         word = next((token.strip() for token in table if token.strip().isalnum()), b"").decode("utf-8", "ignore")
         self.adds_space = b"".join(self.table[id] for id in self.encode(word)).startswith(b" ")
         self.inside = from_json(without_prefix(encoding)) if self.adds_space else self.encoder
+        self.adds_space_after_special = self.adds_space and adds_after_special(whole, self, word)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self.encode_with(self.encoder, listed(texts))
@@ -182,6 +183,12 @@ def merged(pair: str | list[str]) -> tuple[str, str, str]:
     """Both sides of a merge, and what it makes."""
     left, right = pair.split(" ") if isinstance(pair, str) else pair
     return left, right, left + right
+
+
+def adds_after_special(whole, tokenizer: HFTokenizer, word: str) -> bool:
+    """Whether a word after a special token is encoded as at the beginning of a text; depends on the file's version."""
+    mark = next((name for name in tokenizer.marks.values() if name in tokenizer.special_tokens), "")
+    return whole.encode(mark + word, add_special_tokens=False).ids[bool(mark) :] == tokenizer.encode(word)
 
 
 def without_prefix(definition: dict) -> dict:

@@ -37,6 +37,7 @@ class Tokenizer(Protocol):
     pad_id: int
     special_tokens: dict[str, int]
     adds_space: bool  # whether encoding begins as if the text began with a space, which decoding takes away again
+    adds_space_after_special: bool  # whether it does so after a special token too
     hash: str  # sha256, hex, of everything that decides its ids
 
     def encode(self, text: str) -> list[int]:
@@ -68,7 +69,7 @@ class TableTokenizer(ABC):
     """What the kinds share: a table of the bytes of every id, from which decoding follows."""
 
     kind: str
-    adds_space = False
+    adds_space = adds_space_after_special = False
 
     def __init__(
         self, table: list[bytes], special_tokens: dict[str, int], *, bos_id: int, eos_id: int, pad_id: int, hash: str

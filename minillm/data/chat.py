@@ -1,0 +1,363 @@
+"""Chat templates: a conversation as tokens, which of them are learned, and the prompt that an answer continues.
+
+A template is data: a text for each role, in which {content} stands for what was said, {bos} and {eos} for the
+tokenizer's tokens, and the names of special tokens for themselves. An answer has three parts:
+
+    <|im_start|>assistant\\n | {content}<|im_end|> | \\n
+    opening: a prompt ends    answer: is learned    closing
+    with it
+
+What was said is text and never becomes a special token, whatever it spells. Text is encoded from one special token to
+the next in one piece, as Hugging Face's tokenizers do, so that the ids are those of transformers' apply_chat_template;
+but it is cut where an answer begins, since that is where a model begins to write.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from minillm.config import nearest
+from minillm.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant", "tool"]
+TrainOn = Literal["assistant", "last", "all"]
+# Who may speak after whom; None is the beginning.
+FOLLOWS = {
+    "system": (None,),
+    "user": (None, "system", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+class Message(NamedTuple):
+    """What one side said."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a family of models is given a conversation."""
+
+    name: str
+    user: str
+    opening: str  # of an answer
+    answer: str
+    closing: str = ""
+    begin: str = ""
+    system: str | None = None  # None: there is no place for such a message
+    system_in_user: bool = False  # what is made of the system message stands where the first user's content begins
+    default_system: str | None = None  # where a conversation has none
+    tool: str | None = None
+    tools_begin: str = ""  # around messages of tools that follow one another
+    tools_end: str = ""
+    marks: tuple[str, ...] = ()  # special tokens that the tokenizer has to have
+    strips: bool = False  # white space around what was said is left out
+
+
+CHATML = ChatTemplate(
+    "chatml",
+    system="<|im_start|>system\n{content}<|im_end|>\n",
+    user="<|im_start|>user\n{content}<|im_end|>\n",
+    opening="<|im_start|>assistant\n",
+    answer="{content}<|im_end|>",
+    closing="\n",
+    tool="<|im_start|>tool\n{content}<|im_end|>\n",
+    marks=("<|im_start|>", "<|im_end|>"),
+)
+
+# The formats are those of the models' own cards and tokenizer_config.json: Qwen2.5, Llama 2 Chat, Meta Llama 3, Zephyr,
+# Gemma 1 and 2, Mistral 7B Instruct v0.2; Stanford Alpaca's README; Vicuna 1.1 in FastChat.
+FAMILIES = (
+    CHATML,
+    replace(
+        CHATML,
+        name="qwen",
+        default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+        tools_begin="<|im_start|>user",
+        tool="\n<tool_response>\n{content}\n</tool_response>",
+        tools_end="<|im_end|>\n",
+    ),
+    ChatTemplate(
+        "llama-2",
+        system="<<SYS>>\n{content}\n<</SYS>>\n\n",
+        system_in_user=True,
+        user="{bos}[INST] {content} [/INST]",
+        opening="",
+        answer=" {content} {eos}",
+        strips=True,
+    ),
+    ChatTemplate(
+        "llama-3",
+        begin="<|begin_of_text|>",
+        system="<|start_header_id|>system<|end_header_id|>\n\n{content}<|eot_id|>",
+        user="<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>",
+        opening="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        answer="{content}<|eot_id|>",
+        tool="<|start_header_id|>tool<|end_header_id|>\n\n{content}<|eot_id|>",
+        marks=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        strips=True,
+    ),
+    ChatTemplate(
+        "alpaca",
+        begin="{bos}",
+        default_system=(
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        ),
+        system="{content}\n\n",
+        user="### Instruction:\n{content}\n\n",
+        opening="### Response:\n",
+        answer="{content}{eos}",
+        closing="\n\n",
+    ),
+    ChatTemplate(
+        "vicuna",
+        begin="{bos}",
+        default_system=(
+            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the user's questions."
+        ),
+        system="{content} ",
+        user="USER: {content} ",
+        opening="ASSISTANT:",
+        answer=" {content}{eos}",
+    ),
+    ChatTemplate(
+        "zephyr",
+        system="<|system|>\n{content}{eos}\n",
+        user="<|user|>\n{content}{eos}\n",
+        opening="<|assistant|>\n",
+        answer="{content}{eos}",
+        closing="\n",
+    ),
+    ChatTemplate(
+        "gemma",
+        begin="{bos}",
+        user="<start_of_turn>user\n{content}<end_of_turn>\n",
+        opening="<start_of_turn>model\n",
+        answer="{content}<end_of_turn>",
+        closing="\n",
+        marks=("<start_of_turn>", "<end_of_turn>"),
+        strips=True,
+    ),
+    ChatTemplate(
+        "mistral",
+        begin="{bos}",
+        user="[INST] {content} [/INST]",
+        opening="",
+        answer="{content}{eos}",
+    ),
+    ChatTemplate(
+        "plain",
+        begin="{bos}",
+        system="{content}\n",
+        user="{content}\n",
+        opening="",
+        answer="{content}{eos}",
+        tool="{content}\n",
+    ),
+)
+TEMPLATES = {template.name: template for template in FAMILIES}
+
+
+# --- a template for a tokenizer ---------------------------------------------------------------------------------------
+
+
+def find_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
+    """The template of that name. Raises ValueError where there is none, or where the tokenizer lacks its tokens."""
+    if name not in TEMPLATES:
+        raise ValueError(f"sft.template: {name!r} is not known{nearest(name, TEMPLATES)} ({', '.join(TEMPLATES)})")
+    if missing := missing_marks(TEMPLATES[name], tokenizer):
+        fitting = ", ".join(other for other in TEMPLATES if not missing_marks(TEMPLATES[other], tokenizer))
+        raise ValueError(
+            f"sft.template: the tokenizer has no {', '.join(missing)}, which {name} needs"
+            + (f"; it has what these need: {fitting}" if fitting else "")
+        )
+    return TEMPLATES[name]
+
+
+def missing_marks(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
+    """What a template needs and a tokenizer has not."""
+    missing = [mark for mark in template.marks if mark not in tokenizer.special_tokens]
+    return missing + ["token to end a text with"] * (tokenizer.eos_id is None)
+
+
+def stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special tokens that end an answer."""
+    return tuple(part for part in parts_of(template.answer, tokenizer) if isinstance(part, int))
+
+
+# --- rendering --------------------------------------------------------------------------------------------------------
+
+
+class Rendered(NamedTuple):
+    """A conversation as tokens; answers[i] is (start, stop) of what is learned of the i-th."""
+
+    tokens: np.ndarray
+    answers: list[tuple[int, int]]
+
+    def trained(self, train_on: TrainOn = "assistant") -> np.ndarray:
+        """(tokens,) bool: which tokens are learned; of `all` only the first, which follows nothing, is not."""
+        trained = np.full(len(self.tokens), train_on == "all")
+        trained[:1] = False
+        for start, stop in self.answers[-1:] if train_on == "last" else self.answers:
+            trained[start:stop] = True
+        return trained
+
+
+def render(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message], train_on: TrainOn = "assistant"
+) -> tuple[list[int], list[bool]]:
+    """(tokens, trained) of a conversation. Raises ValueError for a message that the template has no place for."""
+    [rendered] = render_all(template, tokenizer, [messages])
+    return rendered.tokens.tolist(), rendered.trained(train_on).tolist()
+
+
+def prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """The tokens that an answer to the last message continues."""
+    asked = stretches(template, read_parts(template, tokenizer), messages, opened=True)
+    return join(encode_all([asked], tokenizer)[0]).tokens.tolist()
+
+
+def render_all(
+    template: ChatTemplate, tokenizer: Tokenizer, conversations: Iterable[Sequence[Message]]
+) -> list[Rendered]:
+    """`render` of many, which is faster."""
+    parts = read_parts(template, tokenizer)
+    return list(map(join, encode_all([stretches(template, parts, one) for one in conversations], tokenizer)))
+
+
+class Stretch(NamedTuple):
+    """Text that is encoded in one piece, or one special token."""
+
+    text: str
+    id: int | None = None
+    answer: bool = False  # belongs to what is learned
+    goes_on: bool = False  # the text before it does not end with a special token
+    first: bool = False  # nothing stands before it
+
+
+CONTENT = object()  # the place of what was said, among the parts of a template's text
+Part = str | int | object  # text, the id of a special token, or CONTENT
+
+
+def parts_of(text: str, tokenizer: Tokenizer) -> list[Part]:
+    """A text of a template, taken apart."""
+    ids = {**tokenizer.special_tokens, "{bos}": tokenizer.bos_id, "{eos}": tokenizer.eos_id}
+    names = sorted([*ids, "{content}"], key=len, reverse=True)  # the longest of those that begin alike
+    found = re.split(f"({'|'.join(map(re.escape, names))})", text)
+    return [CONTENT if part == "{content}" else ids.get(part, part) for part in found if part]
+
+
+def read_parts(template: ChatTemplate, tokenizer: Tokenizer) -> dict[str, list[Part]]:
+    """The parts of each text of a template."""
+    texts = {value for value in vars(template).values() if isinstance(value, str)}
+    return {text: parts_of(text, tokenizer) for text in texts}
+
+
+def stretches(
+    template: ChatTemplate, parts: dict[str, list[Part]], messages: Sequence[Message], opened: bool = False
+) -> list[Stretch]:
+    """A conversation, cut at special tokens and around answers; `opened`: with the beginning of the next answer."""
+    found: list[Stretch] = []
+    text, before = "", False
+
+    def end_text() -> None:
+        if text:
+            goes_on = bool(found) and found[-1].id is None
+            found.append(Stretch(text, None, before, goes_on, first=not found))
+
+    for piece, answer in written(template, parts, messages, opened):
+        if isinstance(piece, int) or answer != before:
+            end_text()
+            text, before = "", answer
+        if isinstance(piece, int):
+            found.append(Stretch("", piece, answer))
+        else:
+            text += piece
+    end_text()
+    return found
+
+
+def written(
+    template: ChatTemplate, parts: dict[str, list[Part]], messages: Sequence[Message], opened: bool
+) -> Iterator[tuple[str | int, bool]]:
+    """(text or id, whether it is learned) of all that a template makes of a conversation, in order."""
+
+    def filled(text: str, said: str = "", answer: bool = False) -> Iterator[tuple[str | int, bool]]:
+        for part in parts[text]:
+            yield said if part is CONTENT else part, answer
+
+    system, rest = split_system(template, messages)
+    yield from filled(template.begin)
+    system_text = ""  # that still has to find its place in what the user says
+    if system is not None:
+        if template.system is None:
+            raise ValueError(f"the template {template.name} has no place for a system message")
+        if template.system_in_user:
+            system_text = template.system.replace("{content}", system)
+        else:
+            yield from filled(template.system, system.strip() if template.strips else system)
+    for number, (role, content) in enumerate(rest):
+        if template.strips:
+            content = content.rstrip() if system_text else content.strip()
+        if role == "user":
+            yield from filled(template.user, system_text + content)
+            system_text = ""
+        elif role == "assistant":
+            yield from filled(template.opening)
+            yield from filled(template.answer, content, answer=True)
+            yield from filled(template.closing)
+        elif role == "tool" and template.tool is not None:
+            if number == 0 or rest[number - 1].role != "tool":
+                yield from filled(template.tools_begin)
+            yield from filled(template.tool, content)
+            if number + 1 == len(rest) or rest[number + 1].role != "tool":
+                yield from filled(template.tools_end)
+        else:
+            raise ValueError(f"the template {template.name} has no place for a {role} message")
+    if opened:
+        yield from filled(template.opening)
+
+
+def split_system(template: ChatTemplate, messages: Sequence[Message]) -> tuple[str | None, Sequence[Message]]:
+    """(what the system says, the messages after it)."""
+    if messages and messages[0].role == "system":
+        return messages[0].content, messages[1:]
+    return template.default_system, messages
+
+
+def encode_all(conversations: list[list[Stretch]], tokenizer: Tokenizer) -> list[list[tuple[Stretch, np.ndarray]]]:
+    """Each stretch with its ids; texts that begin alike are encoded together."""
+    flat = [stretch for conversation in conversations for stretch in conversation]
+    outside = [i for i, stretch in enumerate(flat) if stretch.id is None and begins_with_space(stretch, tokenizer)]
+    ids = dict(zip(outside, tokenizer.encode_arrays([flat[i].text for i in outside])))
+    for i, stretch in enumerate(flat):
+        if i not in ids:
+            ids[i] = tokenizer.encode_inside(stretch.text) if stretch.id is None else np.array([stretch.id])
+    pairs = iter([(stretch, ids[i]) for i, stretch in enumerate(flat)])
+    return [[next(pairs) for _ in conversation] for conversation in conversations]
+
+
+def begins_with_space(stretch: Stretch, tokenizer: Tokenizer) -> bool:
+    """Whether a stretch is encoded as the beginning of a text is, which only matters to tokenizers that add a space."""
+    if not tokenizer.adds_space or stretch.first:
+        return True
+    return tokenizer.adds_space_after_special and not stretch.goes_on
+
+
+def join(encoded: list[tuple[Stretch, np.ndarray]]) -> Rendered:
+    """The tokens of a conversation, and where its answers are."""
+    answers: list[tuple[int, int]] = []
+    at, inside = 0, False
+    for stretch, ids in encoded:
+        if stretch.answer:
+            answers.append((answers.pop()[0] if inside else at, at + len(ids)))
+        at, inside = at + len(ids), stretch.answer
+    arrays = [ids for _, ids in encoded]
+    return Rendered(np.concatenate(arrays) if arrays else np.empty(0, np.int32), answers)
