@@ -435,3 +435,10 @@ def test_repetition_is_what_stands_earlier_in_the_text():
     assert repeated([1, 2, 3, 4, 5, 6], 2, 2) == 0
     assert repeated([1, 2, 3, 1, 2, 3], 3, 2) == 2 / 3  # 31 is new; 12 and 23 are not
     assert repeated([1, 2, 1, 2, 1, 2], 2, 2) == 3 / 4
+
+
+def test_int8_is_timed_beside_fp32(capsys):
+    script("quantize").main(["--shapes", "tiny", "--batches", "1", "3", "--tokens", "2", "--rounds", "1"])
+    table = rows(capsys.readouterr().out)
+    assert [row[3] for row in table] == ["1", "3"]
+    assert all(float(row[2]) <= float(row[1]) and float(row[6]) > 0 for row in table)
