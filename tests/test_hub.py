@@ -9,8 +9,13 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 
+from minillm import ModelConfig, Transformer, cli, default_params, load, save
 from minillm.hf.hub import find_folder
+from minillm.load import export_hugging_face
+from minillm.log import run_command
+from minillm.tokenizer import ByteTokenizer
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: pip install 'minillm[hf]'")
 
@@ -80,7 +85,11 @@ def find(tmp_path, endpoint, *calls, **environment):
     """What a process with this HF_ENDPOINT and a cache in tmp_path answers to each call: a path or an error."""
     script = """
 import json, sys
+from minillm import ModelConfig, Transformer, cli, default_params, load, save
 from minillm.hf.hub import find_folder
+from minillm.load import export_hugging_face
+from minillm.log import run_command
+from minillm.tokenizer import ByteTokenizer
 for name, download in json.loads(sys.argv[1]):
     try:
         print(find_folder(name, download))
@@ -146,3 +155,23 @@ def test_without_the_package_a_name_says_which_extra_has_it(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"some/model: does not exist here; .* pip install 'minillm\[hf\]'"):
         find_folder("some/model")
+
+
+def test_a_model_in_the_cache_is_loaded_and_imported_by_its_name(tmp_path, monkeypatch):
+    model = Transformer(ModelConfig(vocab_size=272, dim=16, n_layers=1, n_heads=2, max_seq_len=32)).eval()
+    saved = save(model, ByteTokenizer(), tmp_path / "saved")
+    repository = tmp_path / "hub" / "models--some--model"
+    export_hugging_face(saved, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    tokens = torch.arange(20)[None]
+    loaded, tokenizer = load("some/model")
+    assert torch.equal(loaded(tokens), model(tokens))
+    assert tokenizer.encode("hen") == ByteTokenizer().encode("hen")
+    assert default_params("some/model").stop_token_ids == (2,)
+    assert run_command(cli.dispatch, ["import", "some/model", "imported"]) == 0
+    assert torch.equal(load("imported")[0](tokens), model(tokens))
+    with pytest.raises(ValueError, match="some/other: does not exist here, and no model of that name is in the cache"):
+        load("some/other")
