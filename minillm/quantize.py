@@ -1,12 +1,12 @@
 """Weight-only int8: every matrix in a byte a number and one scale an output channel, for inference.
 
-    weight (O, I)  ->  weight (O, I) int8 from -127 to 127, scale (O,);  what was w is now weight x scale
+    weight (O, I)  ->  weight (O, I) int8 from -127 to 127, scale (O,);  a row is its whole numbers times its scale
 
 The scale is the channel's largest absolute value / 127, so a weight moves by at most half a scale. Channels do not
 share one, because the largest value of a matrix is often far above that of most of its rows. Activations stay as they
 are.
 
-Shapes: O output channels (of an embedding: tokens), I inputs, V vocab, D dim.
+Shapes: O output channels (of an embedding: tokens), I inputs, D dim.
 """
 
 import torch

@@ -122,6 +122,18 @@ def test_logits_stay_close(model):
     assert 0 < (after - before).std() < 0.02 * before.std()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_on_a_gpu_the_logits_are_those_of_the_cpu(model, dtype):
+    quantized = quantize_int8(model.to(dtype))
+    expected = quantized(TOKENS).float()
+    found = quantized.to("cuda")(TOKENS.cuda()).float().cpu()
+    assert (found - expected).std() < (1e-4 if dtype == torch.float32 else 0.02) * expected.std()
+    assert quantized.lm_head.weight.dtype == torch.int8
+
+
 def test_only_norms_biases_and_scales_stay_floats(model):
     floats = {name for name, p in quantize_int8(model).named_parameters() if p.dtype != torch.int8}
     assert all(name.endswith(("norm.weight", "norm.bias", ".bias", ".scale")) for name in floats)
