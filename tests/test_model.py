@@ -11,7 +11,7 @@ from minillm.config import arguments
 from minillm.config import build as build_config
 from minillm.model import attention
 from minillm.model.config import ModelConfig, ModelSection
-from minillm.model.layers import RMSNorm, make_mlp
+from minillm.model.layers import Linear, RMSNorm, make_mlp
 from minillm.model.masks import Mask, attend_reference
 from minillm.model.rope import Rope, RopeScaling
 from minillm.model.transformer import Transformer
@@ -487,6 +487,24 @@ def test_a_compiled_block_takes_the_masks_of_accelerators(path, monkeypatch):
 
 
 # --- what generation relies on ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_single_vector_gives_what_several_do(bias):
+    linear, x = Linear(24, 10, bias=bias), torch.randn(3, 2, 24)
+    with torch.no_grad():
+        one_by_one = torch.stack([linear(row) for row in x.view(6, 1, 1, 24)]).view(3, 2, 10)
+        torch.testing.assert_close(one_by_one, F.linear(x, linear.weight, linear.bias))
+    linear(x[0, :1]).sum().backward()
+    torch.testing.assert_close(linear.weight.grad, x[0, :1].expand(10, -1))
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "rmsnorm_plus_one"])
+def test_without_gradients_the_numbers_are_the_same(norm):
+    model, tokens = build(norm=norm, mlp="swiglu").eval(), some_tokens(2, 9)
+    with torch.no_grad():
+        plain = model(tokens)
+    assert torch.equal(plain, model(tokens))
 
 
 class ListCache:

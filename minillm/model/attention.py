@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minillm.model.config import ModelConfig
 from minillm.model.fused import OverlappingSlices
 from minillm.model.kernels import attend_flex, attend_varlen, has_flex, has_varlen, prepare_flex, prepare_varlen
-from minillm.model.layers import RMSNorm
+from minillm.model.layers import Linear, RMSNorm
 from minillm.model.masks import Mask, Path, attend_reference, document_lengths, expand_groups, visible
 from minillm.model.rope import Rotation
 
@@ -254,10 +254,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.dropout = config.dropout
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_dim, config.dim, bias=config.o_bias)
+        self.q_proj = Linear(config.dim, q_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(q_dim, config.dim, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 

@@ -9,6 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The y and the r of `RMSNormFunction`, without keeping anything."""
+    dtype = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse, and fp16 too small
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)  # (..., 1)
+    r = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * r).mul_(weight).to(x.dtype), r
+
+
 class RMSNormFunction(torch.autograd.Function):
     """y = x r w with r = 1 / sqrt(mean(x^2) + eps), keeping x and one r a vector.
 
@@ -18,11 +26,9 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)  # half precision is too coarse, and fp16 too small
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)  # (..., 1)
-        r = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, r = rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, None]:
