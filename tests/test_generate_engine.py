@@ -149,6 +149,17 @@ def test_a_step_tells_what_it_added():
     assert sorted(finished) == [0, 1]
 
 
+def test_compiled_steps_give_the_same_tokens():
+    """Padded to few shapes, with caches as if full; here on the CPU, where there is no graph of launches."""
+    model, prompts = make_model(torch.float32, n_layers=1, n_heads=4, n_kv_heads=2, window=6), make_prompts()[:3]
+    params = [SamplingParams(max_new_tokens=n, temperature=t, seed=n) for n, t in [(3, 0), (8, 1), (5, 1)]]
+    expected = [completion.tokens for completion in generate(model, None, prompts, params)]
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(2):
+        assert [completion.tokens for completion in generate(model, None, prompts, params, compile=True)] == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 3  # of 4, 2 and 1 rows
+
+
 # --- how likely it was -----------------------------------------------------------------------------------------------
 
 

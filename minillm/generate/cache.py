@@ -21,8 +21,8 @@ from torch import Tensor
 class Slots:
     """The slots of one block. Their memory is taken when the first keys arrive, which say of what kind it is."""
 
-    def __init__(self, rows: int, capacity: int):
-        self.rows, self.capacity = rows, capacity
+    def __init__(self, rows: int, capacity: int, static: bool):
+        self.rows, self.capacity, self.static = rows, capacity, static
         self.k = self.v = torch.empty(0)  # (rows, K, capacity, d)
 
     def take_memory(self, k: Tensor) -> None:
@@ -30,6 +30,9 @@ class Slots:
         if not self.k.numel():
             shape = (self.rows, k.shape[1], self.capacity, k.shape[3])
             self.k, self.v = k.new_zeros(shape), k.new_zeros(shape)  # what is masked is multiplied by 0: no NaN then
+            if self.static:
+                torch._dynamo.mark_static_address(self.k)
+                torch._dynamo.mark_static_address(self.v)
 
 
 class PackedPrompts:
@@ -73,11 +76,14 @@ class NextTokens:
 
 
 class KVCache:
-    """The slots of all blocks, and how many tokens each holds."""
+    """The slots of all blocks, and how many tokens each holds.
 
-    def __init__(self, n_layers: int, rows: int, capacity: int):
-        self.rows, self.capacity = rows, capacity
-        self.blocks = [Slots(rows, capacity) for _ in range(n_layers)]
+    static: for compiled steps, whose CUDA graphs have to know that the memory will stay where it is.
+    """
+
+    def __init__(self, n_layers: int, rows: int, capacity: int, static: bool = False):
+        self.capacity = capacity
+        self.blocks = [Slots(rows, capacity, static) for _ in range(n_layers)]
         self.lengths = [0] * rows
 
     def packed_prompts(self, slots: Sequence[int], lengths: Sequence[int]) -> list[PackedPrompts]:

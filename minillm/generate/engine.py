@@ -14,21 +14,20 @@
 A step is one forward: of new prompts where some can begin, else of a token in each row. Nothing depends on what else is
 in the batch: every completion has random numbers of its own, and no row sees another.
 
-Shapes: B rows, T packed tokens, V vocab, D dim.
+Shapes: n or B rows, V vocab.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from minillm.generate.cache import KVCache, NextTokens
-from minillm.generate.logprobs import TokenLogprob, text_logprobs, token_logprobs
+from minillm.generate.cache import KVCache
+from minillm.generate.forward import compiled_next_logits, completion_logprobs, evaluating, next_logits, prompt_logits
+from minillm.generate.logprobs import token_logprobs
 from minillm.generate.params import SamplingParams
 from minillm.generate.request import Completion, Prompt, Request, make_request
 from minillm.generate.rows import Sample, Search, choose_tokens
@@ -38,7 +37,7 @@ PROMPT_TOKENS = 4096  # read at once, at most: enough to keep any device busy, a
 # A step reads all weights once and the keys of every row. Where the keys are as large as the weights, more rows could
 # no more than halve the time a token takes; a model so small that its weights take no time gets this much anyway.
 LEAST_CACHE_BYTES = 2**30
-MOST_ROWS = 256
+MOST_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Engine:
         print(request.completions)
 
     Args:
-        max_rows: by default as many as keep the cache no larger than the weights, or 1 GiB; at most 256.
+        max_rows: by default as many as keep the cache no larger than the weights, or 1 GiB; at most 128.
         capacity: tokens that a prompt and its completion may have together; by default the model's max_seq_len.
         compile: one kernel launch a step where there is a GPU (CUDA graphs); the first steps take minutes.
     """
@@ -83,7 +82,7 @@ class Engine:
         if self.max_rows < 1:
             raise ValueError(f"max_rows: must be at least 1, not {max_rows}")
         slots = power_of_two(self.max_rows) if compile else self.max_rows
-        self.cache = KVCache(model.config.n_layers, slots, self.capacity)
+        self.cache = KVCache(model.config.n_layers, slots, self.capacity, static=compile)
         self.known = tokenizer.vocab_size if tokenizer else model.config.vocab_size  # some models have more ids
         self.waiting: deque[Sample | Search] = deque()
         self.rows: list[Sample | Search] = []  # who has each slot in use
@@ -121,12 +120,12 @@ class Engine:
         self.free([slot for slot, owner in enumerate(self.rows) if owner.request is request])
         self.ended.pop(request, None)
 
-    @torch.inference_mode()
     def step(self) -> list[Event]:
         """One forward, and what it added; nothing where the engine is not busy."""
         if not self.busy:
             return []
-        with evaluating(self.model):
+        # inference mode is the faster of the two; CUDA graphs want tensors of the usual kind
+        with torch.no_grad() if self.compile else torch.inference_mode(), evaluating(self.model):
             begun = self.admit()
             owners = begun or list(self.rows)
             logits = self.read_prompts(begun) if begun else self.read_next()
@@ -179,22 +178,8 @@ class Engine:
 
     def read_packed(self, requests: Sequence[Request], slots: Sequence[int]) -> Tensor:
         """Reads prompts packed in one row into slots; logits after each of them, (n, V)."""
-        lengths = [len(request.prompt) for request in requests]
-        tokens = torch.tensor([[token for request in requests for token in request.prompt]], device=self.device)
-        doc_ids = torch.arange(len(requests)).repeat_interleave(torch.tensor(lengths))[None].to(self.device)  # (1, T)
-        ends = list(accumulate(lengths))
-
-        def head(lm_head: nn.Linear, hidden: Tensor) -> Tensor:
-            vocab_size = self.model.config.vocab_size
-            for request, end in zip(requests, ends):
-                k, before = request.params.prompt_logprobs, hidden[0, end - len(request.prompt) : end - 1]
-                if k is not None and request.prompt_logprobs is None:
-                    told = text_logprobs(lm_head, before, request.prompt[1:], vocab_size, k)
-                    request.prompt_logprobs = [None, *told]
-            return lm_head(hidden[0, [end - 1 for end in ends]])[:, :vocab_size]
-
-        caches = self.cache.packed_prompts(slots, lengths)
-        return self.model(tokens, doc_ids=doc_ids if len(requests) > 1 else None, caches=caches, head=head)
+        caches = self.cache.packed_prompts(slots, [len(request.prompt) for request in requests])
+        return prompt_logits(self.model, requests, caches)
 
     def read_next(self) -> Tensor:
         """Reads the next token of each row; logits after it, (B, V)."""
@@ -257,47 +242,11 @@ class Engine:
                 self.next[slot] = token
             return []
         self.free(search.slots)
-        search.request.completions = search.completions(self.tokenizer, self.score)
+        search.request.completions = search.completions(self.tokenizer, partial(completion_logprobs, self.model))
         return [
             Event(search.request, index, completion.text, True)
             for index, completion in enumerate(search.request.completions)
         ]
-
-    def score(self, request: Request, tokens: Sequence[int]) -> list[TokenLogprob]:
-        """How likely the model finds tokens after the prompt of a request."""
-        before, k = request.prompt + list(tokens[:-1]), request.params.logprobs or 0
-
-        def head(lm_head: nn.Linear, hidden: Tensor) -> list[TokenLogprob]:
-            return text_logprobs(lm_head, hidden[0, len(request.prompt) - 1 :], tokens, self.model.config.vocab_size, k)
-
-        return self.model(torch.tensor([before], device=self.device), head=head)
-
-
-# --- the model --------------------------------------------------------------------------------------------------------
-
-
-def next_logits(model: nn.Module, tokens: Tensor, caches: Sequence[NextTokens]) -> Tensor:
-    """Logits after one token more of each row. (B, 1) -> (B, V)"""
-    return model(tokens, caches=caches)[:, 0]
-
-
-@lru_cache
-def compiled_next_logits():
-    """The same as one launch of all its kernels, where the device can do that."""
-    return torch.compile(next_logits, mode="reduce-overhead", dynamic=False)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; the mode is given back."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()
 
 
 def default_rows(model: nn.Module, capacity: int) -> int:
