@@ -215,6 +215,71 @@ def test_the_best_of_each_group_follows_a_grid(ablate):
     assert [row[:2] for row in rows(best)] == [["adamw", "2"], ["sgd", "1"]]
 
 
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def decode():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import decode
+
+        yield decode
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("way", ["all at once", "in sorted eights"])
+def test_both_are_asked_for_the_same_tokens(decode, way):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    model = Transformer(decode.SHAPES["llama-tiny"]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs = decode.make_theirs(model.config, model).double()
+    model = model.double()
+    requests = decode.make_requests("mixed", 96, scale=16)[:12]
+    assert {len(request.prompt) for request in requests} != {len(requests[0].prompt)}
+    made = {}
+    for batch in decode.STATIC[way](requests):
+        made |= {tuple(request.prompt): tokens for request, tokens in zip(batch, decode.theirs(theirs, batch))}
+    assert decode.ours(model, requests) == [made[tuple(request.prompt)] for request in requests]
+
+
+@pytest.mark.parametrize("case", ["mixed", "even"])
+def test_lengths_of_requests_differ_ten_to_one(decode, case):
+    requests = decode.make_requests(case, 96)
+    for lengths in ([len(request.prompt) for request in requests], [request.new for request in requests]):
+        assert (len(lengths), min(lengths), max(lengths)) == (64, 16, 160)
+
+
+def test_times_of_generation_are_compared_within_a_round(decode, monkeypatch, capsys):
+    seconds = iter([1, 2, 2, 6, 4, 8])  # minillm and transformers, three rounds
+    monkeypatch.setattr(decode, "timed", lambda *_: decode.Seconds(s := next(seconds), s / 2))
+    monkeypatch.setattr(decode, "make_theirs", lambda *_: None)
+    decode.main(["--shape", "llama-tiny", "--cases", "8", "--rounds", "3", "--warmup", "0", "--threads", "1"])
+    assert [row[2:] for row in rows(capsys.readouterr().out)] == [
+        ["minillm", "512", "1.00", "1.00"],
+        ["transformers, all at once", "171", "2.00", "2.00"],
+    ]
+
+
+def test_sizes_are_measured_from_end_to_end(decode, capsys, monkeypatch):
+    monkeypatch.setattr(decode, "copy_rate", lambda device, seconds: 1e9)
+    decode.main(["--sizes", "tiny", "--batch", "1", "3", "--prompt", "8", "--steps", "2", "--threads", "1"])
+    table = rows(capsys.readouterr().out)
+    assert [row[:2] for row in table] == [["tiny", "1"], ["tiny", "3"]]
+    assert all(float(row[2]) > 0 and float(row[3].replace(",", "")) > 0 for row in table)
+
+
+def test_a_step_reads_weights_once_and_the_keys_of_every_row(decode):
+    config = decode.SHAPES["llama-tiny"]
+    model = Transformer(config)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert decode.bytes_a_step(model, 3, 10) == weights + 4 * 2 * 2 * 3 * 10 * 2 * 4  # 2 blocks, 2 heads of width 4
+
+
 # --- a GPU ------------------------------------------------------------------------------------------------------------
 
 
