@@ -45,6 +45,7 @@ class Trainer:
             (tokenizer, data, seed, shape). config_dict: the resolved configuration, kept in each checkpoint.
         trackers: who is told the rows too. norms_every: steps between rows of norms.jsonl. documents: names the text of
             the step whose first sample is given, for reports. memory_advice: what to say where memory is wanting.
+            base_path: where all that is not trained is from; checkpoints then name it, and hold what is trained alone.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Trainer:
         norms_every: int | None = None,
         documents: Callable[[int], list[str]] | None = None,
         memory_advice: Callable[[], str] | None = None,
+        base_path: str | None = None,
     ):
         self.model, self.optimizer, self.objective, self.loader = model, optimizer, objective, loader
         self.config, self.steps, self.lr_at, self.dist = completed(config, steps, dist.device), steps, lr_at, dist
@@ -79,7 +81,8 @@ class Trainer:
         self.identity, self.config_dict = identity or {}, config_dict or {}
         self.trackers, self.norms_every = trackers, norms_every
         self.memory_advice = memory_advice
-        self.parameters = parameter_names(model)
+        self.parameters = {name: p for name, p in parameter_names(model).items() if p.requires_grad}
+        self.base_path = base_path
         self.progress, self.clock = Progress(), Clock()
         self.spike_watch = SpikeWatch(config.spike, config.spike_threshold, list(self.parameters), documents)
         self.notes: list[tuple[str, dict[str, Any]]] = []  # what the last step adds to other files than metrics.jsonl
@@ -291,7 +294,8 @@ class Trainer:
             "hours": round(at.seconds / 3600, 4),
             "mean_tokens_per_second": round(clock.mean_rate(at.tokens), 1),
             "peak_memory_bytes": self.dist.max(peak_memory(self.dist.device)),
-            "parameters": sum(parameter.numel() for parameter in self.parameters.values()),
+            "parameters": sum(parameter.numel() for parameter in parameter_names(self.model).values()),
+            "trained_parameters": sum(parameter.numel() for parameter in self.parameters.values()),
         }
         if self.run and self.dist.is_main:
             self.run.write_json(self.run.summary, summary)
@@ -305,8 +309,9 @@ class Trainer:
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the run by name: the parameters, and the optimizer's state of each."""
-        return dict(self.parameters) | optimizer_tensors(self.optimizer, self.parameters)
+        """What a checkpoint holds, by name: the parameters that no base has, and the optimizer's state."""
+        parameters = self.parameters if self.base_path else parameter_names(self.model)
+        return dict(parameters) | optimizer_tensors(self.optimizer, self.parameters)
 
     def save_if_kept(self, keep_last: int | None = None) -> None:
         """Commit a checkpoint where the run has a directory."""
@@ -323,6 +328,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "spike_watch": self.spike_watch.state(),
             "config": self.config_dict,
+            "base_path": self.base_path,
             **self.identity,
         }
         keep_last = self.config.keep_last if keep_last is None else keep_last
