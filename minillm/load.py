@@ -5,6 +5,7 @@ filled from them a part of a tensor at a time. So the peak is one model, and the
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from minillm import checkpoint, hf
 from minillm.distributed.context import Context
 from minillm.files import atomic_directory, explained, read_json, sha256
 from minillm.generate.params import SamplingParams
+from minillm.lora import LoRAConfig, adapted, add_adapters, base_parameters, init_lora
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.quantize import quantize_int8
@@ -31,15 +33,17 @@ logger = logging.getLogger("minillm")
 
 
 def load(
-    path: str | Path, device: str | torch.device = "cpu", step: int | None = None
+    path: str | Path, device: str | torch.device = "cpu", step: int | None = None, base: str | Path | None = None
 ) -> tuple[Transformer, Tokenizer | None]:
     """The model, in eval mode, and its tokenizer (None where there is none) of a run, checkpoint, saved folder, or one
     of Hugging Face's.
 
-    Of a run, the newest checkpoint that verifies, or that of `step`. Parameters keep the dtype they were saved in.
-    Raises ValueError for a path that is none of these, a damaged checkpoint, and a tokenizer that is not the model's.
+    Of a run, the newest checkpoint that verifies, or that of `step`. Parameters keep the dtype they were saved in. Of a
+    run with LoRA the model has its adapters; `base` says where what they were trained on is now, if it was moved.
+    Raises ValueError for a path that is none of these, a damaged checkpoint, a tokenizer that is not the model's, and
+    another base.
     """
-    stored = open_stored(find_checkpoint(Path(path), step))
+    stored = open_stored(find_checkpoint(Path(path), step), base=base)
     return in_memory(stored, device), stored.tokenizer
 
 
@@ -51,22 +55,69 @@ class Stored(NamedTuple):
     tensors: dict[str, tuple[torch.dtype, list[int]]]  # dtype and shape of each parameter, tied ones once
     fill: Callable[[Mapping[str, Tensor]], None]  # reads into the given parameters what this rank holds of each
     blocks: Callable[[str], Iterator[Tensor]]  # one parameter, some of its rows after the other
+    lora: LoRAConfig = LoRAConfig()  # the adapters that it has
 
 
-def open_stored(folder: Path, dist: Context = checkpoint.ALONE, hashed: bool = False) -> Stored:
+def open_stored(
+    folder: Path, dist: Context = checkpoint.ALONE, hashed: bool = False, base: str | Path | None = None
+) -> Stored:
     """The model of a folder, whichever format it is in. Raises ValueError where it is damaged or not what it says.
 
-    `dist`, `hashed`: as for `checkpoint.verify`.
+    `dist`, `hashed`: as for `checkpoint.verify`. `base`: where the weights are that its adapters were trained on; None:
+    where they were then.
     """
     if hf.is_hugging_face(folder):
         return open_hugging_face(folder, describe(folder)[1])
-    _, manifest = checkpoint.verify(folder, checkpoint.OPTIM, dist, hashed)
+    state, manifest = checkpoint.verify(folder, checkpoint.OPTIM, dist, hashed)
     config, tokenizer = describe(folder)
     tensors = checkpoint.describe(manifest, skip=checkpoint.OPTIM)
     fill, blocks = partial(checkpoint.fill, folder, manifest), checkpoint.block_reader(folder, manifest)
     stored = Stored(config, tokenizer, tensors, fill, blocks)
-    checkpoint.match_tensors(folder, manifest, dict(on_meta(stored).named_parameters()), skip=checkpoint.OPTIM)
+    if state.get("base_path"):
+        stored = on_base(stored, state, open_base(folder, state, base))
+    own = {name: p for name, p in on_meta(stored).named_parameters() if p.requires_grad or name in tensors}
+    checkpoint.match_tensors(folder, manifest, own, skip=checkpoint.OPTIM)
     return stored
+
+
+def open_whole(folder: Path, dist: Context = checkpoint.ALONE, hashed: bool = False) -> Stored:
+    """`open_stored` of a model that is one set of weights; ValueError where it has adapters."""
+    stored = open_stored(folder, dist, hashed)
+    if stored.lora.r:
+        raise ValueError(f"{folder}: has adapters; `minillm merge {folder} OUT` makes one model of them and their base")
+    return stored
+
+
+def open_base(folder: Path, state: dict, base: str | Path | None) -> Stored:
+    """What the adapters of a checkpoint were trained on. Raises ValueError where it is not there, or is another."""
+    try:
+        found = find_checkpoint(Path(base or state["base_path"]))
+    except ValueError as error:
+        ways = "put it back, or say where it is: minillm.load(..., base=PATH)"
+        raise ValueError(
+            f"{folder}: the model that its adapters were trained on is not there; {ways}: {error}"
+        ) from None
+    if (there := weights_hash(found)) != state["base_sha256"]:
+        raise ValueError(
+            f"{found}: is not the model that the adapters of {folder} were trained on: the sha256 of its weights is "
+            f"{there[:12]}, not {state['base_sha256'][:12]}"
+        )
+    return open_whole(found)
+
+
+def on_base(stored: Stored, state: dict, base: Stored) -> Stored:
+    """What a checkpoint of trained weights alone makes of its base."""
+
+    def fill(parameters: Mapping[str, Tensor]) -> None:
+        own = {name: parameter for name, parameter in parameters.items() if name in stored.tensors}
+        base.fill({name: parameter for name, parameter in parameters.items() if name not in own})
+        stored.fill(own)
+
+    def blocks(name: str) -> Iterator[Tensor]:
+        return (stored if name in stored.tensors else base).blocks(name)
+
+    lora = LoRAConfig(**state["config"]["lora"])
+    return stored._replace(tensors=base.tensors | stored.tensors, fill=fill, blocks=blocks, lora=lora)
 
 
 def open_hugging_face(folder: Path, tokenizer: Tokenizer | None = None) -> Stored:
@@ -85,6 +136,8 @@ def on_meta(stored: Stored) -> Transformer:
     for name, parameter in model.named_parameters():
         if name in stored.tensors:
             parameter.data = parameter.data.to(stored.tensors[name][0])
+    if stored.lora.r:
+        add_adapters(model, stored.lora)
     return model
 
 
@@ -124,6 +177,11 @@ def weight_hashes(folder: Path) -> dict[str, str]:
     return {file: manifest["files"][file]["sha256"] for file in files}
 
 
+def weights_hash(folder: Path) -> str:
+    """One sha256 for all weights of a folder, by which adapters know the base that they were trained on."""
+    return hashlib.sha256(json.dumps(weight_hashes(folder)).encode()).hexdigest()
+
+
 def trained_seq_len(folder: Path) -> int | None:
     """The length of the rows that a folder's model was trained on here; None where that is not known."""
     if hf.is_hugging_face(folder):
@@ -146,11 +204,12 @@ def load_weights(path: str | Path, model: Transformer, dist: Context = checkpoin
     """Fill a model with the weights of a run, checkpoint or folder, in dtypes of its own; returns where they were.
 
     Each rank proves its share of the files, and reads what it holds of each weight. What no weight depends on may
-    differ: how long sequences are, RoPE, dropout. Raises ValueError where a weight has another shape or is missing.
+    differ: how long sequences are, RoPE, dropout. Adapters of the model stay as they are. Raises ValueError where a
+    weight has another shape or is missing.
     """
     folder = find_checkpoint(Path(path), dist=dist)
     is_of_run = folder != Path(path)  # then these ranks have proved it just now
-    stored, into = open_stored(folder, dist, hashed=is_of_run), parameter_names(model)
+    stored, into = open_whole(folder, dist, hashed=is_of_run), base_parameters(model)
     if is_int8(stored):
         raise ValueError(
             f"{folder}: its weights are int8, good for inference only; start from what it was exported from"
@@ -162,11 +221,21 @@ def load_weights(path: str | Path, model: Transformer, dist: Context = checkpoin
     return folder
 
 
+def load_base(path: str | Path, model: Transformer, seed: int = 0, dist: Context = checkpoint.ALONE) -> Path:
+    """`load_weights` for a model with adapters, which then get the values that they begin with."""
+    folder = load_weights(path, model, dist)
+    init_lora(model, seed)
+    return folder
+
+
 def save(model: Transformer, tokenizer: Tokenizer | None, directory: str | Path) -> Path:
     """Write a folder that `load` reads: weights, config.json and tokenizer, whole or not at all.
 
-    Raises ValueError when `directory` holds something already, when the disk is full or the place read-only.
+    Raises ValueError when `directory` holds something already, when the disk is full or the place read-only, and for a
+    model with adapters.
     """
+    if adapted(model):
+        raise ValueError("the model has adapters; merge_lora makes them a part of its weights")
     with new_home(model.config, tokenizer, directory) as (folder, state):
         checkpoint.write(folder, parameter_names(model), state)
     return Path(directory).resolve()
@@ -185,7 +254,7 @@ def export(
     to it; None leaves them as they are. Raises ValueError as `load` and `save` do.
     """
     source = find_checkpoint(Path(path), step)
-    stored = cast(open_stored(source), dtype)
+    stored = cast(open_whole(source), dtype)
     if quantize is not None and is_int8(stored):
         raise ValueError(f"{source}: its weights are int8 already; leave quantize out to copy it")
     with new_home(stored.config, stored.tokenizer, directory) as (folder, state):
@@ -210,7 +279,7 @@ def export_hugging_face(
     ValueError also for a model that no family of theirs can express.
     """
     source = find_checkpoint(Path(path), step)
-    stored = cast(open_stored(source), dtype)
+    stored = cast(open_whole(source), dtype)
     if is_int8(stored):
         raise ValueError(f"{source}: its weights are int8, which is our own format alone; export what it was made from")
     with new_directory(directory) as folder:

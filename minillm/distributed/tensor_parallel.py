@@ -116,6 +116,12 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
 
     if problems := tensor_parallel_problems(model.config, mesh.size()):
         raise ValueError("\n".join(problems))
+    for name, module in model.named_modules():
+        if name.endswith("_proj") and not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"parallel.tp: {name} is a {type(module).__name__}, and only nn.Linear can be cut; share the work by "
+                "parallel.dp_shard instead"
+            )
     table = styles()
     for name, module in list(model.named_modules()):
         for style in table.get(re.sub(r"\d+", "*", name), []):
