@@ -133,7 +133,7 @@ def test_training_starts_from_it_in_a_dtype_of_its_own(tmp_path):
 
 
 def test_peak_memory_is_one_model(tmp_path):
-    """67 MB of embedding, and matrices that are stored transposed, loaded by a process of its own."""
+    """67 MB of embedding, and matrices that are stored transposed, loaded and written by a process of its own."""
     config = transformers.GPT2Config(vocab_size=32768, n_embd=512, n_layer=2, n_head=4, n_positions=16)
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
@@ -141,9 +141,10 @@ def test_peak_memory_is_one_model(tmp_path):
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     script = """
 import resource, sys
-from minillm.load import load
+from minillm.load import export_hugging_face, load
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 load(sys.argv[1])
+export_hugging_face(sys.argv[1], sys.argv[1] + "/out")
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
     result = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)

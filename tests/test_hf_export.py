@@ -66,7 +66,7 @@ def test_there_and_back_changes_no_bit(case, tmp_path):
 
 FAMILY_OF = {
     "llama": {},
-    "mistral": {"window": 8},
+    "mistral": {"n_heads": 5, "head_dim": 8},  # transformers has no such Llama
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True, "window": 8, "window_pattern": "FWW"},
     "ministral": {"window": 8, "window_pattern": "FW"},
@@ -104,6 +104,11 @@ def test_every_preset_can_be_expressed():
         ({"o_bias": True}, "the nearest is llama, but for o_bias True"),
         ({"qk_norm": True, "embed_scale": True}, "the nearest is qwen3, but for embed_scale True"),
         ({"rope_scaling": "ntk", "rope_factor": 2.0}, "the nearest is llama, but for rope_scaling 'ntk'"),
+        ({"mlp": "relu2", "n_heads": 5, "head_dim": 8}, "the nearest is mistral, but for mlp 'relu2'"),
+        (
+            {**FAMILY_OF["gpt2"], "n_heads": 5, "head_dim": 8},
+            "the nearest is gpt2, but for n_heads: 5 does not divide dim",
+        ),
         ({**FAMILY_OF["gpt2"], "n_kv_heads": 2}, "the nearest is gpt2, but for n_kv_heads 2"),
     ],
 )

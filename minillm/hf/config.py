@@ -62,9 +62,8 @@ def to_model_config(values: dict[str, Any], family: Family, source: str) -> Mode
         if name in left and left[name] not in accepted:
             problems.append(f"{name} is {left[name]!r}; minillm has it as {either(accepted)} only")
         left.pop(name, None)
-    if isinstance(fields.get("n_layers"), int) and isinstance(
-        fields.get("max_seq_len"), int
-    ):  # what follows needs them
+    sizes = (fields.get("n_layers"), fields.get("max_seq_len"))
+    if all(isinstance(size, int) for size in sizes):  # what follows needs them
         WINDOWS[family.windows][0](left, fields, problems)
         if fields["position"] == "rope":
             take_rope(left, fields, problems)
@@ -246,11 +245,16 @@ def choose_family(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     ours, different = decisive(config), {}
     for family in FAMILIES.values():
         values = to_hugging_face(config, family)
-        theirs = decisive(to_model_config(values, family, family.model_type))
-        fields = [name for name in ours if ours[name] != theirs.get(name, ours[name])]
-        different[family.model_type] = [f"{name} {ours[name]!r}" for name in fields]
-        if not different[family.model_type]:
+        try:
+            theirs = decisive(to_model_config(values, family, family.model_type))
+            found = [f"{name} {ours[name]!r}" for name in ours if ours[name] != theirs.get(name, ours[name])]
+        except ValueError as error:  # written so, it is no model at all
+            found = [line.strip() for line in str(error).splitlines()[1:]]
+        if family.divides and config.dim % config.n_heads:
+            found.append(f"n_heads {config.n_heads}, which does not divide dim {config.dim}")
+        if not found:
             return family, values
+        different[family.model_type] = found
     name, nearest = min(different.items(), key=lambda one: len(one[1]))
     raise ValueError(f"no family of Hugging Face's is this model; the nearest is {name}, but for {', '.join(nearest)}")
 

@@ -31,6 +31,7 @@ class Family(NamedTuple):
     prefix: str  # of the names of all but lm_head; files of the model without its head lack it
     buffers: tuple[str, ...]  # ends of the names of tensors in old files that follow from the config
     windows: str = "none"  # how its config says how far a block sees: a key of config.WINDOWS
+    divides: bool = False  # whether transformers wants heads to divide the width, whatever head_dim is
     transposed: bool = False  # whether the matrices of its blocks are stored as (inputs, outputs)
 
 
@@ -91,6 +92,7 @@ LLAMA = Family(
     modules=LLAMA_MODULES,
     prefix="model.",
     buffers=("rotary_emb.inv_freq",),
+    divides=True,
 )
 MISTRAL = LLAMA._replace(
     model_type="mistral",
@@ -99,6 +101,7 @@ MISTRAL = LLAMA._replace(
     keys=without(LLAMA.keys, "attention_bias", "mlp_bias") | {"num_key_value_heads": Key(("n_kv_heads",))},
     only={},
     windows="every",
+    divides=False,
 )
 MINISTRAL = MISTRAL._replace(model_type="ministral", architecture="MinistralForCausalLM", windows="listed")
 QWEN2 = MISTRAL._replace(
@@ -136,6 +139,7 @@ OLMO = LLAMA._replace(
     keys=without(LLAMA.keys, "rms_norm_eps", "mlp_bias"),
     same={"norm": "layernorm_plain", "norm_eps": 1e-5, "position": "rope"},
     only={"clip_qkv": (None,)},
+    divides=False,
 )
 GPT2 = Family(
     model_type="gpt2",
