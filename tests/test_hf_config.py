@@ -347,6 +347,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
             "rope_type is 'dynamic'; minillm has it as",
         ),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "the factor of yarn RoPE is missing"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "factor (2.0) is no key of default RoPE"),
         ({"rope_scaling": {"type": "longrope"}}, "rope_type is 'longrope'; minillm has it as 'default', 'linear',"),
         (
             {"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2}},

@@ -107,7 +107,7 @@ def test_every_preset_can_be_expressed():
         ({"mlp": "relu2", "n_heads": 5, "head_dim": 8}, "the nearest is mistral, but for mlp 'relu2'"),
         (
             {**FAMILY_OF["gpt2"], "n_heads": 5, "head_dim": 8},
-            "the nearest is gpt2, but for n_heads: 5 does not divide dim",
+            "the nearest is gpt2, but for n_heads: 5 does not",
         ),
         ({**FAMILY_OF["gpt2"], "n_kv_heads": 2}, "the nearest is gpt2, but for n_kv_heads 2"),
     ],

@@ -182,13 +182,17 @@ WINDOWS: dict[str, tuple[Callable, Callable]] = {
 def take_rope(left: dict, fields: dict, problems: list[str]) -> None:
     """The base of RoPE and how it is stretched."""
     rope = take_rope_keys(left, problems)
-    kind, factor = rope.pop("rope_type", "default"), rope.pop("factor", 1.0)
+    kind = rope.pop("rope_type", "default")
+    factor = 1.0 if kind == "default" else rope.pop("factor", None)
     fields["rope_theta"] = rope.pop("rope_theta", 10_000.0)
     original_len = rope.pop("original_max_position_embeddings", fields["max_seq_len"])
     if kind == "dynamic" and factor == 1:
         kind = "default"
     if not isinstance(kind, str) or kind not in ROPE_KINDS:
         problems.append(f"rope_type is {kind!r}; minillm has it as {either(tuple(ROPE_KINDS))} only")
+        return
+    if factor is None:
+        problems.append(f"the factor of {kind} RoPE is missing")
         return
     computed = {"partial_rotary_factor": 1, **ROPE_KINDS[kind]}
     if kind == "yarn" and factor > 0:
