@@ -81,7 +81,7 @@ def named(value: object) -> str:
     if value is None:
         return "null"
     kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
-    return kinds[type(value)]
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def json_list_rows(

@@ -6,6 +6,7 @@ and not by the file or its row groups.
 
 import csv
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 MAX_LINE = 2**24  # bytes of a line of .csv, and characters of a field: 16 MiB, for which the parser takes 64
@@ -21,11 +22,26 @@ def csv_rows(name: str, file: BinaryIO, field: str, batch_size: int) -> Rows:
 
     Raises ValueError with the line where a row begins that is not like the header.
     """
+    rows = csv_fields(name, file)
+    line, header = next(rows, (0, []))
+    column = column_of(header, field, f"{name}:{line}") if header else 0
+    lines, texts, size = [], [], 0
+    for line, fields in rows:
+        lines.append(line)
+        texts.append(fields[column])
+        size += len(fields[column])
+        if size >= batch_size:
+            yield lines, texts
+            lines, texts, size = [], [], 0
+    if lines:
+        yield lines, texts
+
+
+def csv_fields(name: str, file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
+    """(line, fields) of the header and of every row after it."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))  # one for the whole process: only ever raised
     reader = csv.reader(csv_lines(name, file), strict=True)
-    lines, texts, size = [], [], 0
     header: list[str] = []
-    column = 0
     while True:
         line = reader.line_num + 1
         try:
@@ -33,22 +49,13 @@ def csv_rows(name: str, file: BinaryIO, field: str, batch_size: int) -> Rows:
         except csv.Error as error:
             raise ValueError(f"{name}:{line}: not valid CSV: {error}") from None
         if row is None:
-            break
+            return
         if len(row) < 2 and not "".join(row).strip():
             continue
-        if not header:
-            header, column = row, column_of(row, field, f"{name}:{line}")
-            continue
+        header = header or row
         if len(row) != len(header):
             raise ValueError(f"{name}:{line}: {len(row)} field{'s' * (len(row) > 1)}, expected {len(header)}")
-        lines.append(line)
-        texts.append(row[column])
-        size += len(row[column])
-        if size >= batch_size:
-            yield lines, texts
-            lines, texts, size = [], [], 0
-    if lines:
-        yield lines, texts
+        yield line, row
 
 
 def csv_lines(name: str, file: BinaryIO) -> Iterator[str]:
@@ -72,14 +79,7 @@ def parquet_rows(name: str, file: BinaryIO, field: str, batch_size: int) -> Rows
 
     Raises ValueError where the column is not one of text, and for damaged files.
     """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError(f"{name}: to read parquet, pyarrow is needed: pip install 'minillm[data]'") from None
-    try:
-        # With a buffer a column is read as it is decoded; without one, a row group at a time, however large.
-        table = parquet.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True)
+    with opened_parquet(name, file) as (pyarrow, table):
         kind = table.schema_arrow.field(column_of(table.schema_arrow.names, field, name)).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
@@ -96,6 +96,19 @@ def parquet_rows(name: str, file: BinaryIO, field: str, batch_size: int) -> Rows
                     numbers, texts, size = [], [], 0
         if numbers:
             yield numbers, texts
+
+
+@contextmanager
+def opened_parquet(name: str, file: BinaryIO) -> Iterator[tuple]:
+    """(the module pyarrow, the file opened by it). Raises ValueError where the data is damaged."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"{name}: to read parquet, pyarrow is needed: pip install 'minillm[data]'") from None
+    try:
+        # With a buffer a column is read as it is decoded; without one, a row group at a time, however large.
+        yield pyarrow, parquet.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True)
     except (pyarrow.ArrowException, OSError) as error:
         said = str(error).partition("\n")[0]
         raise ValueError(f"{name}: the parquet data is damaged or cut short: {said}") from None

@@ -1,0 +1,243 @@
+"""Conversations from the rows of files, in any of the usual formats, each recognised by its fields.
+
+A format says in which field each part of a conversation is:
+
+    prompt (and query, which continues it), response, system, history     one question and its answer
+    messages, system                                                      a list of what was said in turn
+    text                                                                  no conversation: all of it is learned
+
+`data.columns` names the fields of any other file, and so does a dataset_info.json beside it, as LLaMA-Factory reads.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minillm.config import nearest
+from minillm.data.chat import FOLLOWS, Message, Role
+from minillm.data.json_rows import named
+from minillm.files import read_json
+
+FORMATS: dict[str, dict[str, str]] = {
+    "alpaca": {
+        "prompt": "instruction",
+        "query": "input",
+        "response": "output",
+        "system": "system",
+        "history": "history",
+    },
+    "sharegpt": {"messages": "conversations", "system": "system", "tools": "tools"},
+    "openai": {"messages": "messages", "tools": "tools"},
+    "prompt and completion": {"prompt": "prompt", "response": "completion", "system": "system"},
+    "question and answer": {"prompt": "question", "response": "answer", "system": "system"},
+    "text": {"text": "text"},
+}
+PARTS = ("prompt", "query", "response", "system", "history", "messages", "tools", "text")
+SUFFICIENT = ({"prompt", "response"}, {"messages"}, {"text"})  # parts, of which one set has to be there
+# What each role is called: by us and OpenAI, by ShareGPT, and by LLaMA-Factory.
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+ROLE_FIELDS, CONTENT_FIELDS = ("role", "from"), ("content", "value")
+INFO = "dataset_info.json"
+# The tags of a dataset_info.json that name a role, or the field of a message.
+ROLE_TAGS: dict[str, Role] = {
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "function_tag": "assistant",
+    "observation_tag": "tool",
+    "system_tag": "system",
+}
+FIELD_TAGS = ("role_tag", "content_tag")
+
+
+class Conversation(NamedTuple):
+    """What was said in a row of a file; of plain text, which nobody said, `messages` is empty."""
+
+    messages: list[Message]
+    text: str = ""
+
+
+class Layout(NamedTuple):
+    """Where the parts of a conversation are in the rows of a file."""
+
+    name: str
+    columns: Mapping[str, str]  # part -> field
+    roles: Mapping[str, Role] = ROLES
+    role_fields: Sequence[str] = ROLE_FIELDS
+    content_fields: Sequence[str] = CONTENT_FIELDS
+
+
+# --- which format -----------------------------------------------------------------------------------------------------
+
+
+def read_columns(pairs: Sequence[str]) -> dict[str, str]:
+    """`data.columns`, a PART=FIELD each, as a dict. Raises ValueError where a pair is none or parts are missing."""
+    columns = {}
+    for pair in pairs:
+        part, equals, field = pair.partition("=")
+        if not equals or not field:
+            raise ValueError(f"columns: {pair!r} is no PART=FIELD")
+        if part not in PARTS:
+            raise ValueError(f"columns: {part} is no part of a conversation{nearest(part, PARTS)} ({', '.join(PARTS)})")
+        columns[part] = field
+    if columns and not any(parts <= set(columns) for parts in SUFFICIENT):
+        raise ValueError(f"columns: {', '.join(columns)} are given; prompt and response, messages, or text are needed")
+    return columns
+
+
+def layout_of(file: str | Path, columns: Mapping[str, str]) -> Layout | None:
+    """The layout that a file has by the configuration, or a dataset_info.json beside it; None: its rows tell."""
+    if columns:
+        return Layout("data.columns", columns)
+    info = Path(file).parent / INFO
+    if not info.is_file():
+        return None
+    entries = {name: entry for name, entry in read_json(info).items() if isinstance(entry, dict)}
+    layouts = [
+        info_layout(f"{info}: {name}", entry)
+        for name, entry in entries.items()
+        if entry.get("file_name") == Path(file).name and (entry.get("columns") or entry.get("tags"))
+    ]
+    if len({json.dumps(layout[1:], default=dict) for layout in layouts}) > 1:
+        raise ValueError(f"{info}: describes {Path(file).name} in several ways; say which by data.columns")
+    return layouts[0] if layouts else None
+
+
+def info_layout(name: str, entry: Mapping[str, Any]) -> Layout:
+    """The layout that an entry of a dataset_info.json describes."""
+    sharegpt = entry.get("formatting", "alpaca") == "sharegpt"
+    columns = {part: field for part, field in (entry.get("columns") or {}).items() if part in PARTS}
+    columns = columns or FORMATS["sharegpt" if sharegpt else "alpaca"]
+    if not any(parts <= set(columns) for parts in SUFFICIENT):
+        raise ValueError(f"{name}: its columns name no prompt and response, and no messages")
+    tags = entry.get("tags") or {}
+    roles = ROLES | {tags[tag]: role for tag, role in ROLE_TAGS.items() if tag in tags}
+    role_fields, content_fields = ((tags[tag],) if tag in tags else None for tag in FIELD_TAGS)
+    return Layout(name, columns, roles, role_fields or ROLE_FIELDS, content_fields or CONTENT_FIELDS)
+
+
+def recognised(row: Mapping[str, Any]) -> Layout:
+    """The layout of a row by its fields. Raises ValueError with the fields that were found."""
+    for name, columns in FORMATS.items():
+        if any(parts <= set(columns) and all(columns[part] in row for part in parts) for parts in SUFFICIENT):
+            return Layout(name, columns)
+    known = "; ".join(f"{name}: {', '.join(columns.values())}" for name, columns in FORMATS.items())
+    found = ", ".join(map(str, row)) or "no fields"
+    raise ValueError(f"the format is not known (found: {found}); name the fields in data.columns, or use {known}")
+
+
+# --- from a row to a conversation -------------------------------------------------------------------------------------
+
+
+def conversation_of(row: object, layout: Layout | None = None) -> Conversation:
+    """What was said in a row. Raises ValueError, without the place of the row, where that cannot be learned from."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"the row is {named(row)}; an object with fields is expected")
+    layout = layout or recognised(row)
+    columns = layout.columns
+    if "text" in columns:
+        return Conversation([], text_of(row, columns["text"]))
+    if row.get(columns.get("tools", "")):
+        raise ValueError(f'field "{columns["tools"]}": tools are not described to the model; tell of them in system')
+    messages = []
+    if system := optional_text(row, columns.get("system")):
+        messages.append(Message("system", system))
+    if "messages" in columns:
+        messages += listed_messages(row, columns["messages"], layout)
+    else:
+        messages += paired_messages(row, layout)
+    check_order(messages)
+    return Conversation(messages)
+
+
+def paired_messages(row: Mapping[str, Any], layout: Layout) -> Iterator[Message]:
+    """The messages of a row with a question and its answer; either may be a list of messages already."""
+    columns = layout.columns
+    history = row.get(columns.get("history", "")) or []
+    if not isinstance(history, list) or any(not isinstance(turn, list) or len(turn) != 2 for turn in history):
+        raise ValueError(f'field "{columns["history"]}": a list of [question, answer] is expected')
+    for number, turn in enumerate(history):
+        for role, said in zip(("user", "assistant"), turn):
+            yield Message(role, checked_text(said, f'field "{columns["history"]}", turn {number}'))
+    for part, role in (("prompt", "user"), ("response", "assistant")):
+        if isinstance(row.get(columns[part]), list):
+            yield from listed_messages(row, columns[part], layout)
+            continue
+        said = text_of(row, columns[part])
+        more = optional_text(row, columns.get("query")) if part == "prompt" else ""
+        yield Message(role, "\n".join(filter(None, (said, more))))
+
+
+def listed_messages(row: Mapping[str, Any], field: str, layout: Layout) -> Iterator[Message]:
+    """The messages of a field that holds a list of them."""
+    found = row.get(field)
+    if not isinstance(found, list):
+        raise ValueError(f'field "{field}" is {named(found)}; a list of messages is expected')
+    for number, message in enumerate(found):
+        place = f'field "{field}", message {number}'
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{place} is {named(message)}; an object with {layout.role_fields[0]} is expected")
+        role_field = next((name for name in layout.role_fields if name in message), None)
+        content_field = next((name for name in layout.content_fields if name in message), None)
+        if role_field is None or content_field is None:
+            expected = " and ".join("/".join(names) for names in (layout.role_fields, layout.content_fields))
+            raise ValueError(f"{place}: {expected} are expected (found: {', '.join(map(str, message)) or 'no fields'})")
+        role = layout.roles.get(str(message[role_field]))
+        if role is None:
+            raise ValueError(f"{place}: {role_field} {message[role_field]!r} is none of {', '.join(layout.roles)}")
+        if message.get("tool_calls"):
+            raise ValueError(
+                f"{place}: tool_calls are not read; write the call into {content_field}, as the model is to"
+            )
+        yield Message(role, checked_text(message[content_field], f"{place}: {content_field}"))
+
+
+def check_order(messages: Sequence[Message]) -> None:
+    """Raises ValueError where somebody speaks out of turn, or nothing is answered."""
+    before: Role | None = None
+    for number, (role, content) in enumerate(messages):
+        if before not in FOLLOWS[role]:
+            after = f"after {before}" if before else "at the beginning"
+            raise ValueError(
+                f"message {number}: {role} {after}; roles are out of order (user and assistant take turns)"
+            )
+        if role == "assistant" and not content.strip():
+            raise ValueError(f"message {number}: the answer is empty")
+        before = role
+    if before != "assistant":
+        raise ValueError(f"the last message is of {before or 'nobody'}; an assistant turn is missing")
+
+
+def text_of(row: Mapping[str, Any], field: str) -> str:
+    if field not in row:
+        raise ValueError(f'field "{field}" is missing (found: {", ".join(map(str, row)) or "no fields"})')
+    return checked_text(row[field], f'field "{field}"')
+
+
+def optional_text(row: Mapping[str, Any], field: str | None) -> str:
+    """The text of a field; "" where there is none."""
+    return "" if row.get(field) is None else text_of(row, field)
+
+
+def checked_text(value: object, place: str) -> str:
+    """A text as it is encoded: CRLF as LF. Raises ValueError for what is no text."""
+    if not isinstance(value, str):
+        raise ValueError(f"{place} is {named(value)}; text is expected")
+    if "\0" in value:
+        raise ValueError(f"{place}: a NUL character in the text; remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: half a character, \\u{ord(value[error.start]):04x}, in the text") from None
+    return value.replace("\r\n", "\n")

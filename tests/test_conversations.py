@@ -1,0 +1,185 @@
+"""Rows of any usual format become conversations; what cannot be learned from is named by file and row."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from minillm.data.chat import Message
+from minillm.data.conversations import Conversation, conversation_of, layout_of, read_columns
+from minillm.data.records import records
+
+DATA = Path(__file__).parent.parent / "data"
+PAIR = [Message("user", "hi"), Message("assistant", "ho")]
+USES_TOOLS = ["user", "assistant", "tool", "tool", "assistant"]
+SYSTEM = Message("system", "be brief")
+
+
+def say(role, content):
+    return {"role": role, "content": content}
+
+
+def share(role, value):
+    return {"from": role, "value": value}
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"instruction": "hi", "output": "ho"}, PAIR),
+        ({"instruction": "hi", "input": "", "output": "ho", "system": None, "history": []}, PAIR),
+        ({"instruction": "hi", "input": "you", "output": "ho"}, [Message("user", "hi\nyou"), PAIR[1]]),
+        (
+            {"instruction": "hi", "output": "ho", "system": "be brief", "history": [["a", "b"], ["c", "d"]]},
+            [SYSTEM, *map(Message, ["user", "assistant"] * 2, "abcd"), *PAIR],
+        ),
+        ({"conversations": [share("human", "hi"), share("gpt", "ho")]}, PAIR),
+        ({"system": "be brief", "conversations": [share("human", "hi"), share("gpt", "ho")]}, [SYSTEM, *PAIR]),
+        ({"conversations": [share("system", "be brief"), share("human", "hi"), share("gpt", "ho")]}, [SYSTEM, *PAIR]),
+        (
+            {"conversations": [share("human", "hi"), *map(share, ["function_call", "observation", "gpt"], "fog")]},
+            [PAIR[0], *map(Message, ["assistant", "tool", "assistant"], "fog")],
+        ),
+        ({"messages": [say("system", "be brief"), say("user", "hi"), say("assistant", "ho")]}, [SYSTEM, *PAIR]),
+        ({"messages": list(map(say, USES_TOOLS, "hf123"))}, list(map(Message, USES_TOOLS, "hf123"))),
+        ({"prompt": "hi", "completion": "ho"}, PAIR),
+        ({"prompt": [say("user", "hi")], "completion": [say("assistant", "ho")]}, PAIR),
+        ({"question": "hi", "answer": "h\r\no", "id": 3}, [PAIR[0], Message("assistant", "h\no")]),
+    ],
+)  # fmt: skip
+def test_each_format_is_recognised_by_its_fields(row, messages):
+    assert conversation_of(row) == Conversation(messages)
+
+
+def test_plain_text_is_nobodys():
+    assert conversation_of({"text": "once"}) == Conversation([], "once")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"title": "a", "body": "b"}, "the format is not known (found: title, body); name the fields in data.columns"),
+        ({}, "the format is not known (found: no fields)"),
+        ("hi", "the row is text; an object with fields is expected"),
+        ({"instruction": "hi", "output": 5}, 'field "output" is a number; text is expected'),
+        ({"instruction": "hi", "output": " "}, "message 1: the answer is empty"),
+        ({"instruction": "hi", "output": "ho", "history": [["a"]]}, "a list of [question, answer] is expected"),
+        ({"instruction": "hi", "output": "ho", "history": [["a", 1]]}, 'field "history", turn 0 is a number'),
+        ({"messages": "hi"}, 'field "messages" is text; a list of messages is expected'),
+        ({"messages": []}, "the last message is of nobody; an assistant turn is missing"),
+        ({"messages": ["hi"]}, 'field "messages", message 0 is text; an object with role is expected'),
+        ({"messages": [{"role": "user"}]}, "message 0: role/from and content/value are expected (found: role)"),
+        ({"messages": [say("user", None)]}, 'field "messages", message 0: content is null; text is expected'),
+        ({"messages": [say("user", [{"type": "text"}])]}, "message 0: content is a list; text is expected"),
+        ({"messages": [say("boss", "hi")]}, "message 0: role 'boss' is none of system, developer, user, human"),
+        ({"messages": [say("user", "hi")]}, "the last message is of user; an assistant turn is missing"),
+        ({"messages": [say("assistant", "ho")]}, "message 0: assistant at the beginning; roles are out of order"),
+        ({"messages": [say("user", "hi"), say("user", "hi")]}, "message 1: user after user; roles are out of order"),
+        ({"messages": [say("user", "a"), say("system", "b")]}, "message 1: system after user; roles are out of order"),
+        ({"messages": [say("user", "a"), say("assistant", "b") | {"tool_calls": [{}]}]}, "tool_calls are not read"),
+        ({"conversations": [], "tools": "[{}]"}, 'field "tools": tools are not described to the model'),
+        ({"question": "a\0", "answer": "b"}, 'field "question": a NUL character in the text'),
+        ({"question": "a", "answer": "\ud800"}, 'field "answer": half a character, \\ud800'),
+        ({"text": None}, 'field "text" is null; text is expected'),
+    ],
+)
+def test_what_cannot_be_learned_from_is_named(row, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        conversation_of(row)
+
+
+# --- other names ------------------------------------------------------------------------------------------------------
+
+
+def test_columns_name_the_fields_of_any_file():
+    layout = layout_of("any.jsonl", read_columns(["prompt=ask", "response=reply", "system=tone"]))
+    row = {"ask": "hi", "reply": "ho", "tone": "be brief", "instruction": "x", "output": "y"}
+    assert conversation_of(row, layout).messages == [SYSTEM, *PAIR]
+    with pytest.raises(ValueError, match=r'field "reply" is missing \(found: ask\)'):
+        conversation_of({"ask": "hi"}, layout)
+    layout = layout_of("any.jsonl", read_columns(["messages=talk"]))
+    assert conversation_of({"talk": [share("human", "hi"), share("gpt", "ho")]}, layout).messages == PAIR
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["prompt"], "'prompt' is no PART=FIELD"),
+        (["promt=a", "response=b"], "promt is no part of a conversation; did you mean prompt?"),
+        (["prompt=a"], "prompt are given; prompt and response, messages, or text are needed"),
+    ],
+)
+def test_columns_that_say_nothing_are_refused(pairs, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_columns(pairs)
+
+
+def test_a_dataset_info_beside_a_file_says_how_it_is_read(tmp_path):
+    tags = {"role_tag": "who", "content_tag": "said", "user_tag": "U", "assistant_tag": "A", "observation_tag": "O"}
+    columns = {"messages": "talk", "system": "tone"}
+    info = {
+        "alpaca_like": {"file_name": "a.json", "columns": {"prompt": "ask", "response": "reply"}},
+        "talk": {"file_name": "b.json", "formatting": "sharegpt", "columns": columns, "tags": tags},
+        "elsewhere": {"hf_hub_url": "somebody/something"},
+        "twice": {"file_name": "c.json", "columns": {"prompt": "x", "response": "y"}},
+        "again": {"file_name": "c.json", "columns": {"prompt": "y", "response": "x"}},
+        "half": {"file_name": "d.json", "columns": {"prompt": "x"}},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    assert conversation_of({"ask": "hi", "reply": "ho"}, layout_of(tmp_path / "a.json", {})).messages == PAIR
+    talk = [{"who": "U", "said": "hi"}, {"who": "A", "said": "x"}, {"who": "O", "said": "y"}, {"who": "A", "said": "z"}]
+    found = conversation_of({"talk": talk, "tone": "be brief"}, layout_of(tmp_path / "b.json", {}))
+    assert found.messages == [SYSTEM, PAIR[0], *map(Message, ["assistant", "tool", "assistant"], "xyz")]
+    assert layout_of(tmp_path / "z.json", {}) is None
+    with pytest.raises(ValueError, match=r"describes c\.json in several ways; say which by data.columns"):
+        layout_of(tmp_path / "c.json", {})
+    with pytest.raises(ValueError, match="half: its columns name no prompt and response, and no messages"):
+        layout_of(tmp_path / "d.json", {})
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    rows = [{"question": "hi", "answer": "h,\no"}, {"question": "一", "answer": "二"}]
+    lines = "\n\n".join(map(json.dumps, rows))
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "c.csv").write_text('question,answer\nhi,"h,\no"\n一,二\n')
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    found = {}
+    for path in sorted(tmp_path.iterdir()):
+        batches = list(records(path))
+        assert [row for _, batch in batches for row in batch] == rows
+        found[path.name] = [line for lines, _ in batches for line in lines]
+    assert found == {"a.jsonl": [1, 3], "b.json": [2, 6], "c.csv": [2, 4], "d.jsonl.gz": [1, 3]}
+
+
+def test_lists_of_messages_are_read_from_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    rows = [{"messages": [say("user", "hi"), say("assistant", "ho")]}] * 70
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    batches = list(records(tmp_path / "a.parquet"))
+    assert [line for lines, _ in batches for line in lines] == list(range(1, 71))
+    assert all(conversation_of(row).messages == PAIR for _, found in batches for row in found)
+
+
+def test_plain_text_files_have_no_rows(tmp_path):
+    with pytest.raises(ValueError, match="plain text has no rows with fields"):
+        list(records("a.txt"))
+
+
+def test_the_example_files_are_conversations():
+    names = ["alpaca.json", "sharegpt.json", "messages.jsonl", "prompts.jsonl", "questions.jsonl", "tutor.jsonl"]
+    names += ["facts.jsonl"]
+    for name in names:
+        layout = layout_of(DATA / name, {})
+        found = [conversation_of(row, layout) for _, rows in records(DATA / name) for row in rows]
+        assert len(found) >= 2
+        assert bool(found[0].text) == (name == "facts.jsonl")
+    info = json.loads((DATA / "dataset_info.json").read_text())
+    assert {entry["file_name"] for entry in info.values()} < set(names)
