@@ -1,5 +1,7 @@
 """`minillm data ...`: prepare text, clean it, and look at what a run reads."""
 
+import dataclasses
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -7,18 +9,23 @@ from typing import Annotated
 from minillm import checkpoint
 from minillm.cli.verb import Verb
 from minillm.config import Layer, build, file_layer
+from minillm.data.chat import find_template
 from minillm.data.clean.config import CleanConfig
 from minillm.data.clean.pipeline import clean, clean_shard, merge
 from minillm.data.clean.report import table
-from minillm.data.config import DataConfig, SharedTextConfig
+from minillm.data.config import ConversationsConfig, DataConfig, SharedTextConfig
+from minillm.data.conversation_store import open_conversations
 from minillm.data.corpus import identity, open_corpus, open_sources, with_path
-from minillm.data.inspect import inspect_lines
+from minillm.data.inspect import document_lines, inspect_lines
+from minillm.data.jinja import choose_template
 from minillm.data.loader import Loader
+from minillm.data.masked import TurnsConfig
+from minillm.data.mixture import Source
 from minillm.data.shards import describe
-from minillm.data.store import open_prepared
+from minillm.data.store import is_prepared, open_prepared
 from minillm.log import read_metrics
 from minillm.run import RunConfig, RunDirectory
-from minillm.tokenizer import TokenizerConfig, load_tokenizer
+from minillm.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -54,10 +61,13 @@ class DataInfo:
 class DataInspect:
     """Options of `data inspect`."""
 
-    path: Annotated[str, "run directory"]
+    path: Annotated[str, "run directory; or conversations: a file, folder or glob, or a folder that is prepared"]
     step: Annotated[int, "step whose batch is shown, from 1", ">= 1"] = 1
-    rows: Annotated[int, "samples shown", ">= 1"] = 4
-    width: Annotated[int, "characters of each document", ">= 10"] = 100
+    rows: Annotated[int, "samples or conversations shown", ">= 1"] = 4
+    width: Annotated[int | None, "characters of each; none: 100 of a document, 1,000 of a conversation", ">= 10"] = None
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: ConversationsConfig = field(default_factory=ConversationsConfig)
+    sft: TurnsConfig = field(default_factory=TurnsConfig)
 
 
 def data_prepare(options: DataPrepare) -> None:
@@ -90,21 +100,27 @@ def data_info(options: DataInfo) -> None:
 
 
 def data_inspect(options: DataInspect) -> None:
-    """Print the documents and tokens of a step of a run."""
-    run = RunDirectory(options.path)
+    """Print the documents and tokens of a step of a run; or conversations, and what is learned of them."""
+    run, colour = RunDirectory(options.path), sys.stdout.isatty()
     if not run.config.exists():
-        raise ValueError(f"{run.path}: not a run directory (there is no config.json)")
+        inspect_conversations(options, colour)
+        return
     saved = file_layer(run.config).values
 
     def section(section_class: type, name: str):
         values = {key.partition(".")[2]: value for key, value in saved.items() if key.startswith(f"{name}.")}
         return build(section_class, [Layer(str(run.config), values)])
 
-    data = section(DataConfig, "data")
+    conversations = any(name.startswith("sft.") for name in saved)
+    data = section(ConversationsConfig if conversations else DataConfig, "data")
     if not data.seq_len:
         raise ValueError(f"{run.config}: data.seq_len is needed to know what a step read")
     tokenizer = load_tokenizer(run.path)
-    sources = open_sources(with_path(data), tokenizer)
+    if conversations:
+        turns = section(TurnsConfig, "sft")
+        sources = open_conversations(data, turns, find_template(turns.template, tokenizer), tokenizer)
+    else:
+        sources = open_sources(with_path(data), tokenizer)
     newest = checkpoint.latest(run.checkpoints)
     state = checkpoint.read(newest)[0] if newest else identity(sources)
     if any(state.get(name) != value for name, value in identity(sources).items()):
@@ -119,13 +135,32 @@ def data_inspect(options: DataInspect) -> None:
         seed=section(RunConfig, "run").seed,
         prefetch=False,
     )
-    lines = inspect_lines(loader, first, tokenizer, options.width)
+    width = options.width or (1000 if conversations else 100)
+    lines = inspect_lines(loader, first, tokenizer, width, colour)
     samples = 0
     for line in lines:
         samples += line.startswith("sample ")
         if samples > options.rows:
             break
         print(line)
+
+
+def inspect_conversations(options: DataInspect, colour: bool) -> None:
+    """Print conversations with marks around what is learned of them, and the totals."""
+    if is_prepared(options.path):
+        tokenizer = load_tokenizer(options.path)
+        sources = [Source("", 1, open_prepared(options.path))]
+    else:
+        if options.tokenizer.path is None and options.tokenizer.kind == "bpe":
+            what = "not a run directory (there is no config.json), and no prepared tokens"
+            raise ValueError(f"{options.path}: {what}; to see it as conversations, give --tokenizer.path RUN")
+        data = dataclasses.replace(options.data, path=options.path, seq_len=options.data.seq_len or 1024)
+        tokenizer = train_tokenizer((), options.tokenizer)
+        sources = open_conversations(data, options.sft, choose_template(options.sft.template, tokenizer), tokenizer)
+    for source in sources:
+        for line in document_lines(source.prepared.train, options.rows, tokenizer, options.width or 1000, colour):
+            print(line)
+        print(describe(source.prepared))
 
 
 def samples_of(run: RunDirectory, step: int, seq_len: int) -> tuple[int, int]:
@@ -145,5 +180,7 @@ VERBS = {
     "data prepare": Verb(data_prepare, DataPrepare, [], "--data.path TEXT: tokenise once, for every run after"),
     "data clean": Verb(data_clean, DataClean, ["out"], "OUT --data.path TEXT: filter, remove duplicates and secrets"),
     "data info": Verb(data_info, DataInfo, ["path"], "PATH: what prepared data holds"),
-    "data inspect": Verb(data_inspect, DataInspect, ["path"], "RUN --step N: the documents and tokens of a step"),
+    "data inspect": Verb(
+        data_inspect, DataInspect, ["path"], "RUN --step N: the documents and tokens of a step; or FILE: conversations"
+    ),
 }

@@ -187,6 +187,13 @@ def missing_marks(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
     return missing + ["token to end a text with"] * (tokenizer.eos_id is None)
 
 
+def check_places(template: ChatTemplate, messages: Sequence[Message]) -> None:
+    """Raises ValueError for a message that the template has no place for."""
+    for role in ("system", "tool"):
+        if getattr(template, role) is None and any(message.role == role for message in messages):
+            raise ValueError(f"the template {template.name} has no place for a {role} message")
+
+
 def stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The special tokens that end an answer."""
     return tuple(part for part in parts_of(template.answer, tokenizer) if isinstance(part, int))
@@ -293,16 +300,14 @@ def written(
         for part in parts[text]:
             yield said if part is CONTENT else part, answer
 
+    check_places(template, messages)
     system, rest = split_system(template, messages)
     yield from filled(template.begin)
     system_text = ""  # that still has to find its place in what the user says
-    if system is not None:
-        if template.system is None:
-            raise ValueError(f"the template {template.name} has no place for a system message")
-        if template.system_in_user:
-            system_text = template.system.replace("{content}", system)
-        else:
-            yield from filled(template.system, system.strip() if template.strips else system)
+    if system is not None and template.system_in_user:
+        system_text = template.system.replace("{content}", system)
+    elif system is not None:
+        yield from filled(template.system, system.strip() if template.strips else system)
     for number, (role, content) in enumerate(rest):
         if template.strips:
             content = content.rstrip() if system_text else content.strip()
@@ -313,14 +318,12 @@ def written(
             yield from filled(template.opening)
             yield from filled(template.answer, content, answer=True)
             yield from filled(template.closing)
-        elif role == "tool" and template.tool is not None:
+        elif role == "tool":
             if number == 0 or rest[number - 1].role != "tool":
                 yield from filled(template.tools_begin)
             yield from filled(template.tool, content)
             if number + 1 == len(rest) or rest[number + 1].role != "tool":
                 yield from filled(template.tools_end)
-        else:
-            raise ValueError(f"the template {template.name} has no place for a {role} message")
     if opened:
         yield from filled(template.opening)
 

@@ -3,9 +3,11 @@
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Annotated, Literal, NamedTuple
+
+from minillm.data.conversations import read_columns
 
 
 class ValSplit(NamedTuple):
@@ -140,6 +142,30 @@ class DataConfig(StoriesOrTextConfig, SharedTextConfig):
         if self.weights is not None and self.temperature is not None:
             problems.append("temperature: is given beside weights, and either decides the shares; leave one out")
         return problems
+
+
+@dataclass(frozen=True)
+class ConversationsConfig(DataConfig):
+    """Conversations to learn answers from, and how they are cut into rows."""
+
+    path: Annotated[str | list[str] | None, "files, folders or globs of .jsonl, .json, .csv, .parquet"] = None
+    columns: Annotated[
+        list[str], "PART=FIELD each, where the format is not a usual one: prompt=ask,response=reply or messages=chat"
+    ] = field(default_factory=list)
+    max_samples: Annotated[int | None, "of each source, the first so many conversations; none: all", ">= 1"] = None
+
+    def __post_init__(self):
+        fixed = {"document": "file", "text_field": "text", "packing": True}
+        problems = [
+            f"{name}: a row is a conversation; leave it out" for name in fixed if getattr(self, name) != fixed[name]
+        ]
+        for check in (super().__post_init__, lambda: read_columns(self.columns)):
+            try:
+                check()
+            except ValueError as error:
+                problems += str(error).splitlines()
+        if problems:
+            raise ValueError("\n".join(problems))
 
 
 def stem(path: str) -> str:

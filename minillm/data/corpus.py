@@ -81,7 +81,9 @@ def open_corpus(data: DataConfig, config: TokenizerConfig) -> tuple[Tokenizer, l
     return tokenizer, open_sources(data, tokenizer)
 
 
-def open_sources(data: DataConfig, tokenizer: Tokenizer) -> list[Source]:
+def open_sources(
+    data: DataConfig, tokenizer: Tokenizer, prepare: Callable[[DataConfig, Tokenizer], Prepared] = prepare
+) -> list[Source]:
     """The sources with their places in the mixture; a corpus that is not mixed is a single one, without a name."""
     sections = data.by_source()
     refuse_too_many(len(sections))
@@ -146,5 +148,7 @@ def identity(sources: list[Source]) -> dict[str, str | None]:
 def content_hash(prepared: Prepared) -> str:
     """A hash of the tokens themselves and of their split: the same for the same text under another name."""
     splits = prepared.info["splits"].values()
+    masks = [split["trained"] for split in splits if "trained" in split]
     parts = [part["sha256"] for split in splits for part in (*split["shards"], split["offsets"])]
+    parts += [mask["sha256"] for mask in masks]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()

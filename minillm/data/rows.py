@@ -25,7 +25,8 @@ PADDING: Spans = ([], [])  # a row that reads nothing
 class Store(Protocol):
     """What is read of a TokenStore; anything with these can be trained on.
 
-    A `directory` attribute, where there is one, says where the packing plan is kept.
+    A `directory` attribute, where there is one, says where the packing plan is kept; a method `trained`, like `tokens`,
+    which tokens are learned.
     """
 
     n_tokens: int
@@ -91,6 +92,11 @@ def read_ring(store: Store, start: int, stop: int) -> np.ndarray:
     return np.concatenate([store.tokens(start, store.n_tokens), store.tokens(0, stop - store.n_tokens)])
 
 
+def learned(store: Store, start: int, stop: int) -> np.ndarray | None:
+    """Which of the tokens start .. stop - 1 of a packed row are learned; None where all are."""
+    return store.trained(start, stop) if hasattr(store, "trained") else None
+
+
 def gather(rows: list[tuple[Store, Spans]], seq_len: int, packed: bool, pinned: bool = False) -> torch.Tensor:
     """Read rows, each from its own store, into one int64 tensor in host memory.
 
@@ -105,6 +111,9 @@ def gather(rows: list[tuple[Store, Spans]], seq_len: int, packed: bool, pinned: 
             window = read_ring(store, start, start + length + 1)
             tokens[row, column : column + length] = window[:-1]
             targets[row, column : column + length] = window[1:]
+            trained = learned(store, start, start + length + 1)
+            if trained is not None:
+                targets[row, column : column + length][trained[1:] == 0] = IGNORE_INDEX
             column += length
         tokens[row, column:] = 0
         targets[row, column:] = IGNORE_INDEX

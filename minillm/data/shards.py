@@ -6,7 +6,10 @@ import json
 import logging
 import re
 import shutil
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from minillm.data.config import DataConfig, val_fraction
 from minillm.data.partial import name_leftovers, partial_folder, partial_work
@@ -21,6 +24,7 @@ from minillm.tokenizer import Tokenizer
 
 logger = logging.getLogger("minillm")
 
+Section = TypeVar("Section", bound=DataConfig)
 PACKED_RATIO = 3  # text is about this much larger than its .gz or .parquet
 SHARD_TOKENS = 2**28  # 512 MiB of uint16
 SMALL_CORPUS = 2**24  # bytes: 16 MiB are tokenised here in the time it takes to start processes
@@ -42,20 +46,38 @@ def prepare(
         logger.info("%s: prepared tokens; data.val and how documents are cut are as they were then", paths[0])
         return open_prepared(paths[0], tokenizer.hash)
     check_ends(tokenizer)
-    if config.val_split().kind == "auto":
-        config = dataclasses.replace(config, val=f"{val_fraction(size_of_text(named_files('data.path', paths)))}")
-    identity = identify(config, tokenizer, shard_tokens)
+    config = with_fraction(config)
+    settings = {"document": config.document, "text_field": config.text_field, "val": str(config.val)}
+    identity = identify(settings, corpus_files(config), tokenizer, shard_tokens)
+    return made_once(
+        config.cache_dir, identity, tokenizer, lambda directory: write(directory, identity, config, tokenizer, progress)
+    )
+
+
+def with_fraction(config: Section) -> Section:
+    """The section with what `val = auto` stands for."""
+    if config.val_split().kind != "auto":
+        return config
+    size = size_of_text(named_files("data.path", config.entries()))
+    return dataclasses.replace(config, val=str(val_fraction(size)))
+
+
+def made_once(cache_dir: str, identity: dict, tokenizer: Tokenizer, write: Callable[[Path], dict]) -> Prepared:
+    """Open the folder of that identity; `write` makes it, and gives its index, where it is not there yet.
+
+    Of several processes one makes it and the others wait.
+    """
     stem = re.sub(r"[^\w.-]+", "-", Path(identity["files"][0]["path"]).name).strip("-.") or "text"
-    directory = Path(config.cache_dir).expanduser() / f"{stem}-{identity['fingerprint'][:16]}"
+    directory = Path(cache_dir).expanduser() / f"{stem}-{identity['fingerprint'][:16]}"
     if not directory.exists() or partial_folder(directory).exists():
         lock = directory.with_name(f"{directory.name}.lock")
         try:
             with locked(lock):
-                make(directory, identity, config, tokenizer, progress)
+                make(directory, write)
         except BusyError:
             logger.info("%s: another process is preparing it; waiting", directory)
             with locked(lock, wait=True):
-                make(directory, identity, config, tokenizer, progress)
+                make(directory, write)
     return open_prepared(directory, tokenizer.hash)
 
 
@@ -74,14 +96,14 @@ def size_of_text(files: list[Path]) -> int:
     return sum(file.stat().st_size * (PACKED_RATIO if file.suffix.lower() in packed else 1) for file in files)
 
 
-def identify(config: DataConfig, tokenizer: Tokenizer, shard_tokens: int) -> dict:
+def identify(settings: dict, files: list[dict], tokenizer: Tokenizer, shard_tokens: int) -> dict:
     """All that the tokens depend on, and its hash, the fingerprint."""
     identity = {
         "format": FORMAT,
         "tokenizer": {"hash": tokenizer.hash, "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size},
-        "settings": {"document": config.document, "text_field": config.text_field, "val": str(config.val)},
+        "settings": settings,
         "shard_tokens": shard_tokens,
-        "files": corpus_files(config),
+        "files": files,
     }
     return identity | {"fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}
 
@@ -124,17 +146,17 @@ def changed_files(info: dict) -> list[str]:
     return changed
 
 
-def make(directory: Path, identity: dict, config: DataConfig, tokenizer: Tokenizer, progress: bool | None) -> None:
+def make(directory: Path, write: Callable[[Path], dict]) -> None:
     """Write the folder, unless it appeared while we waited for its lock, which the caller holds."""
     if directory.exists():
         shutil.rmtree(partial_folder(directory), ignore_errors=True)  # of a process killed when it was done
         return
     name_leftovers(directory)
     try:
-        index = write(directory, identity, config, tokenizer, progress)
+        index = write(directory)
     except StaleError as error:
         logger.info("%s: cannot be resumed, begun again: %s", directory, error)
-        index = write(directory, identity, config, tokenizer, progress)
+        index = write(directory)
     logger.info("%s: prepared %d tokens to train on", directory, index["splits"]["train"]["n_tokens"])
     for line in skipped(index):
         logger.info("%s: %s", directory, line)
@@ -179,7 +201,7 @@ def describe(prepared: Prepared, verify: bool = False) -> str:
     lines.append(
         f"{shards} shard{'s' * (shards > 1)} of {dtype}, fingerprint {info['fingerprint']}{', verified' * verify}"
     )
-    lines += skipped(info)
+    lines += skipped(info) + learned(info)
     changed = set(changed_files(info))
     files = info["files"]
     lines.append(f"{len(files)} file{'s' * (len(files) > 1)}:")
@@ -200,4 +222,21 @@ def skipped(info: dict) -> list[str]:
     if empty:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         lines.append(f"skipped {len(empty)} file{'s' * (len(empty) > 1)} without text: {', '.join(empty[:5])}{more}")
-    return lines
+    counts = info.get("conversations", {})
+    reasons = {
+        "bad": "skipped {} rows that are no conversation",
+        "cut": "cut {} conversations after the last answer that fits in data.seq_len",
+        "dropped": "dropped {} conversations, of which not even the first answer fits in data.seq_len",
+    }
+    return lines + [reason.format(f"{counts[name]:,}") for name, reason in reasons.items() if counts.get(name)]
+
+
+def learned(info: dict) -> list[str]:
+    """What is learned of conversations, a line; none for other text."""
+    if "conversations" not in info:
+        return []
+    counts = Counter(info["conversations"])
+    stored, trained = counts["stored"], counts["trained"]
+    tokens = f"{trained:,} tokens trained ({trained / stored:.1%}), {stored - trained:,} masked"
+    ends = f"{counts['ended']:,} of {counts['answers']:,} answers learned with their end"
+    return [f"{counts['found']:,} conversations: {tokens}, {counts['truncated']:,} truncated; {ends}"]

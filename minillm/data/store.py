@@ -3,6 +3,7 @@
     index.json            what everything is made from, and the size and sha256 of each file below
     train-00000.npy ...   token ids, uint16 or uint32; all but the last shard are equally long
     train-offsets.npy     int64, n_documents + 1: document i is tokens offsets[i] .. offsets[i + 1] - 1
+    train-trained.npy     of conversations: uint8 a token, 1 where it is learned
     train-sources.npy     (file, line) of each document: a row of `files` in the index, and the line where it starts
     val-...               the same for what is held out
 
@@ -48,6 +49,7 @@ class TokenStore:
         self.shard_tokens = len(self.shards[0])
         self.document_offsets = open_array(directory, entry["offsets"])
         self.sources = open_array(directory, entry["sources"])
+        self.mask = open_array(directory, entry["trained"]) if "trained" in entry else None
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens start .. stop - 1, in the stored type: a view of the file, a copy only where shards meet."""
@@ -62,6 +64,10 @@ class TokenStore:
             base = number * self.shard_tokens
             parts.append(self.shards[number][max(start - base, 0) : stop - base])
         return np.concatenate(parts)
+
+    def trained(self, start: int, stop: int) -> np.ndarray | None:
+        """Which of the tokens start .. stop - 1 are learned, uint8; None where all are."""
+        return None if self.mask is None else self.mask[start:stop]
 
     def document(self, number: int) -> np.ndarray:
         """The tokens of a document, bos and eos included."""
@@ -193,7 +199,8 @@ def damage(directory: Path, index: dict) -> Iterator[str]:
         ordered = all((np.diff(offsets[at : at + STRIDE + 1]) >= 2).all() for at in range(0, len(offsets), STRIDE))
         if offsets[0] != 0 or offsets[-1] != entry["n_tokens"] or not ordered:
             yield f"{directory / entry['offsets']['file']}: the offsets are not those of documents; {advice(directory)}"
-        for file in (*entry["shards"], entry["offsets"], entry["sources"]):
+        masks = [entry["trained"]] if "trained" in entry else []
+        for file in (*entry["shards"], entry["offsets"], entry["sources"], *masks):
             found = sha256(directory / file["file"])
             if found != file["sha256"]:
                 hashes = f"sha256 {found}, expected {file['sha256']}"
