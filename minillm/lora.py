@@ -111,7 +111,7 @@ class LoRALinear(nn.Module):
         self.lora_a = nn.Parameter(torch.empty(config.r, self.in_features, **new))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, config.r, **new))
         self.magnitude = nn.Parameter(torch.empty(self.out_features, **new)) if config.dora else None
-        self.scale = config.scale
+        self.config, self.scale = config, config.scale
         self.dropout = nn.Dropout(config.dropout)
         self.enabled = True
         self.train(linear.training)
