@@ -301,14 +301,24 @@ def cast(stored: Stored, dtype: torch.dtype | None) -> Stored:
 @torch.no_grad()
 def check_same_logits(source: Stored, written: Stored) -> None:
     """Raises ValueError where the two give other logits for some tokens; one model is in memory at a time."""
-    count = min(16, source.config.max_seq_len)
-    tokens = (torch.arange(count) * 7919 % source.config.vocab_size)[None]  # (1, T), of all over the vocabulary
+    tokens = some_tokens(source.config)
     expected, found = (in_memory(stored)(tokens) for stored in (source, written))
+    check_same(expected, found, expected.dtype)
+
+
+def some_tokens(config: ModelConfig) -> Tensor:
+    """(1, T), of all over the vocabulary."""
+    return (torch.arange(min(16, config.max_seq_len)) * 7919 % config.vocab_size)[None]
+
+
+def check_same(expected: Tensor, found: Tensor, dtype: torch.dtype) -> float:
+    """The largest difference of logits. Raises ValueError where it is more than weights in that dtype explain."""
     largest, difference = expected.abs().max().item(), (expected - found).abs().max().item()
     if not math.isfinite(largest):
-        raise ValueError(f"in {expected.dtype} the model's logits are no numbers; choose another dtype")
-    if not difference <= largest * max(1e-4, 4 * torch.finfo(expected.dtype).eps):
+        raise ValueError(f"in {dtype} the model's logits are no numbers; choose another dtype")
+    if not difference <= largest * max(1e-4, 4 * torch.finfo(dtype).eps):
         raise ValueError(f"what was written gives other logits than the model, by up to {difference:.2g}; not kept")
+    return difference
 
 
 @contextmanager

@@ -104,6 +104,7 @@ class LoRALinear(nn.Module):
     def __init__(self, linear: nn.Linear, config: LoRAConfig):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
+        self.replaced = type(linear)  # which merge_lora puts back
         self.weight, self.bias = linear.weight, linear.bias
         if config.base_precision == "bf16":
             self.weight.data = self.weight.data.bfloat16()
@@ -251,7 +252,7 @@ def merge_lora(model: M) -> M:
     """
     for name, layer in needed(model).items():
         with torch.device("meta"):
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            linear = layer.replaced(layer.in_features, layer.out_features, bias=False)
         linear.weight = nn.Parameter(layer.merged().to(layer.weight.dtype))
         linear.bias = layer.bias
         model.set_submodule(name, linear.train(layer.training))

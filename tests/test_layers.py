@@ -12,7 +12,7 @@ LAYERS = [
     ["checkpoint"],
     ["objectives", "doctor", "hf", "generate", "plan"],
     ["load", "eval", "memory"],
-    ["strategy"],
+    ["merge", "strategy"],
     ["recipe", "report", "trainer"],
     ["simulate"],
     ["cli"],

@@ -11,18 +11,20 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from minillm.cli import dispatch
 from minillm.data.batch import Batch
 from minillm.distributed.context import Context
 from minillm.distributed.parallelize import parallelize
 from minillm.load import export, load, load_base, load_weights, save, weights_hash
-from minillm.lora import LoRAConfig, adapted, apply_lora, base_parameters, disabled, merge_lora, merged
+from minillm.lora import LoRAConfig, LoRALinear, adapted, apply_lora, base_parameters, disabled, merge_lora, merged
+from minillm.merge import merge
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
 from minillm.optim import OptimConfig, build_optimizer
 from minillm.run import RunDirectory
 from minillm.tensors import parameter_names
-from minillm.trainer import TrainConfig, Trainer
+from minillm.trainer import DTYPES, TrainConfig, Trainer
 
 V, T, STEPS = 40, 16, 8
 SHAPE = {"vocab_size": V, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": T, "qkv_bias": True}
@@ -377,6 +379,28 @@ def test_a_model_with_adapters_is_not_taken_for_one_set_of_weights(run, tmp_path
     for refused in (lambda: export(run, tmp_path / "out"), lambda: load_weights(run, make_model())):
         with pytest.raises(ValueError, match=r"has adapters; `minillm merge .* OUT` makes one model"):
             refused()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_merge_writes_plain_weights_that_give_the_same_logits(dtype, run, tmp_path, capsys):
+    argv = ["merge", str(run), str(tmp_path / "out"), "--dtype", dtype]
+    assert dispatch(argv) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("merged in fp32: with its adapters the model's logits are the same to ")
+    plain, expected = load(tmp_path / "out")[0], load(run)[0].float()(tokens())
+    assert plain.state_dict().keys() == make_model().state_dict().keys()
+    assert {p.dtype for p in plain.parameters()} == {DTYPES[dtype]}
+    difference = (plain.float()(tokens()) - expected).abs().max()
+    assert difference < (1e-5 if dtype == "fp32" else 0.1)
+    with pytest.raises(ValueError, match=r"out: has no adapters to merge"):
+        merge(tmp_path / "out", tmp_path / "again")
+
+
+def test_merge_writes_nothing_where_the_logits_would_be_others(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(LoRALinear, "merged", LoRALinear.unscaled)  # DoRA without its magnitudes
+    with pytest.raises(ValueError, match="gives other logits than the model"):
+        merge(run, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

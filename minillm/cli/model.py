@@ -1,4 +1,4 @@
-"""`minillm generate | import | export`: what is done with a trained model."""
+"""`minillm generate | import | export | merge`: what is done with a trained model."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from minillm.generate.engine import stream
 from minillm.generate.params import SAMPLING_ONLY, SamplingParams
 from minillm.hf import find_folder, is_hugging_face
 from minillm.load import default_params, export, export_hugging_face, load
+from minillm.merge import merge
 from minillm.trainer.config import DTYPES
 
 PARAMETERS = [field.name for field in dataclasses.fields(SamplingParams)]
@@ -49,6 +50,17 @@ class Import:
     out: Annotated[str, "folder to write"]
     dtype: Annotated[Literal["fp32", "fp16", "bf16"] | None, "of the weights (none: as they are)"] = None
     download: Annotated[bool, "fetch from the hub what its cache lacks"] = False
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Options of `merge`."""
+
+    path: Annotated[str, "run directory or checkpoint, trained with lora.r"]
+    out: Annotated[str, "folder to write"]
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"], "of the weights; they are summed in fp32"] = "fp32"
+    step: Annotated[int | None, "checkpoint of a run; none: the newest", ">= 0"] = None
+    base: Annotated[str | None, "the model that was trained on, if it was moved (none: where it was)"] = None
 
 
 def params_of_folder(options: Any) -> Layer:
@@ -92,6 +104,14 @@ def import_model(options: Import) -> None:
     print_size(export(folder, free_directory(options.out), dtype=DTYPES.get(options.dtype)), options.out)
 
 
+def merge_model(options: Merge) -> None:
+    """Write a model with adapters as one of plain weights."""
+    out = free_directory(options.out)
+    written, difference = merge(options.path, out, options.step, options.base, DTYPES[options.dtype])
+    print(f"merged in fp32: with its adapters the model's logits are the same to {difference:.1e}")
+    print_size(written, options.out)
+
+
 def print_size(written: Path, out: str) -> None:
     size = sum(file.stat().st_size for file in written.iterdir())
     print(f"{written}: {size / 1e6:,.1f} MB; minillm.load({out!r}) reads it")
@@ -102,6 +122,7 @@ VERBS = {
         generate_text, Generate, ["path"], "RUN --prompt TEXT: continue a text", defaults=params_of_folder
     ),
     "import": Verb(import_model, Import, ["path", "out"], "DIR OUT: a Hugging Face model in our own format"),
+    "merge": Verb(merge_model, Merge, ["path", "out"], "RUN OUT: a run with LoRA as one model of plain weights"),
     "export": Verb(
         export_model, Export, ["path", "out"], "RUN OUT [--format hf]: the model with config and tokenizer, as a folder"
     ),
