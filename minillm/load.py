@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minillm import checkpoint, hf
+from minillm.data.jinja import exported, jinja_of, recognise
 from minillm.distributed.context import Context
 from minillm.files import atomic_directory, explained, read_json, sha256
 from minillm.generate.params import SamplingParams
@@ -190,6 +191,21 @@ def trained_seq_len(folder: Path) -> int | None:
     return ((state.get("config") or {}).get("data") or {}).get("seq_len")
 
 
+def taught_template(folder: Path) -> str | None:
+    """The name of the chat template that a folder's model was taught; None where it was taught none that is known."""
+    if hf.is_hugging_face(folder):
+        tokenizer = find_tokenizer(folder, {})
+        text = jinja_of(tokenizer) if tokenizer else None
+        if text is None:
+            return None
+        name = recognise(text, tokenizer)
+        if name is None:
+            logger.warning("%s: its chat template is none that is known; --template names the nearest", folder)
+        return name
+    state, _ = checkpoint.read(folder)
+    return ((state.get("config") or {}).get("sft") or {}).get("template")
+
+
 def default_params(path: str | Path) -> SamplingParams:
     """How a folder asks to be sampled from: by its generation_config.json; SamplingParams() where it has none."""
     folder = hf.find_folder(path)
@@ -228,15 +244,15 @@ def load_base(path: str | Path, model: Transformer, seed: int = 0, dist: Context
     return folder
 
 
-def save(model: Transformer, tokenizer: Tokenizer | None, directory: str | Path) -> Path:
+def save(model: Transformer, tokenizer: Tokenizer | None, directory: str | Path, template: str | None = None) -> Path:
     """Write a folder that `load` reads: weights, config.json and tokenizer, whole or not at all.
 
-    Raises ValueError when `directory` holds something already, when the disk is full or the place read-only, and for a
-    model with adapters.
+    `template`: the name of the chat template that the model was taught. Raises ValueError when `directory` holds
+    something already, when the disk is full or the place read-only, and for a model with adapters.
     """
     if adapted(model):
         raise ValueError("the model has adapters; merge_lora makes them a part of its weights")
-    with new_home(model.config, tokenizer, directory) as (folder, state):
+    with new_home(model.config, tokenizer, directory, template) as (folder, state):
         checkpoint.write(folder, parameter_names(model), state)
     return Path(directory).resolve()
 
@@ -257,7 +273,7 @@ def export(
     stored = cast(open_whole(source), dtype)
     if quantize is not None and is_int8(stored):
         raise ValueError(f"{source}: its weights are int8 already; leave quantize out to copy it")
-    with new_home(stored.config, stored.tokenizer, directory) as (folder, state):
+    with new_home(stored.config, stored.tokenizer, directory, taught_template(source)) as (folder, state):
         hf.copy_generation_config(source, folder)
         if quantize is None:
             checkpoint.write_whole(folder, stored.tensors, stored.blocks, state)
@@ -283,7 +299,8 @@ def export_hugging_face(
     if is_int8(stored):
         raise ValueError(f"{source}: its weights are int8, which is our own format alone; export what it was made from")
     with new_directory(directory) as folder:
-        hf.write(folder, stored.config, stored.tokenizer, stored.tensors, stored.blocks, max_shard_size)
+        chat = exported(taught_template(source), stored.tokenizer)
+        hf.write(folder, stored.config, stored.tokenizer, stored.tensors, stored.blocks, max_shard_size, chat)
         hf.copy_generation_config(source, folder)
         check_same_logits(stored, open_hugging_face(folder))
     return Path(directory).resolve()
@@ -323,10 +340,10 @@ def check_same(expected: Tensor, found: Tensor, dtype: torch.dtype) -> float:
 
 @contextmanager
 def new_home(
-    config: ModelConfig, tokenizer: Tokenizer | None, directory: str | Path
+    config: ModelConfig, tokenizer: Tokenizer | None, directory: str | Path, template: str | None = None
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """(folder, state) to write weights with; the folder, with config and tokenizer, becomes `directory` in the end."""
-    written = {"model": dataclasses.asdict(config)}
+    written = {"model": dataclasses.asdict(config)} | ({"sft": {"template": template}} if template else {})
     with new_directory(directory) as folder:
         (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:

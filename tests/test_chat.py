@@ -14,10 +14,11 @@ import torch
 
 from minillm import cli
 from minillm.cli.chat import COMMANDS, Session, obey
-from minillm.cli.conversation import Message, Rendered, continuation, fitting, read_conversation
+from minillm.cli.conversation import Rendered, continuation, conversing, fitting, read_conversation, template_for
+from minillm.data.chat import TEMPLATES, Message, prompt
 from minillm.generate.engine import generate
 from minillm.generate.params import SamplingParams
-from minillm.load import save
+from minillm.load import save, taught_template
 from minillm.log import run_command
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -128,6 +129,64 @@ def test_a_template_decides_what_is_read_and_where_an_answer_stops():
     assert "".join(session.answer("?")) == generate(session.model, TOKENIZER, always, with_stop).text
 
 
+# --- a model that was taught a template -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def taught(tmp_path):
+    """A folder of a model that was taught chatml, as far as its config says."""
+    save(make_model(), TOKENIZER, tmp_path / "taught", template="chatml")
+    return tmp_path / "taught"
+
+
+def test_a_taught_model_is_given_its_template_and_ends_where_that_ends(taught):
+    template = template_for(taught, "auto", TOKENIZER)
+    rendered = conversing(template)(TOKENIZER, [SYSTEM, A, B, A])
+    assert rendered.tokens == prompt(TEMPLATES["chatml"], TOKENIZER, [SYSTEM, A, B, A])
+    assert rendered.stop_token_ids == (TOKENIZER.special_tokens["<|im_end|>"],)
+    session = make_session(max_new_tokens=5)
+    session.template = conversing(template)
+    answer = "".join(session.answer(A.content))
+    asked = prompt(TEMPLATES["chatml"], TOKENIZER, [A])
+    assert answer == generate(session.model, TOKENIZER, asked, session.params).text
+
+
+def test_generate_answers_with_the_template_and_continues_without(taught, capsys):
+    options = ["--prompt", "hen", "--max_new_tokens", "6", "--temperature", "0"]
+    said = {}
+    for wanted in ("auto", "chatml", "none"):
+        assert run_command(cli.dispatch, ["generate", str(taught), *options, "--template", wanted]) == 0
+        said[wanted] = capsys.readouterr().out
+    model, params = make_model(), SamplingParams(max_new_tokens=6, temperature=0)
+    asked = prompt(TEMPLATES["chatml"], TOKENIZER, [Message("user", "hen")])
+    assert said["auto"] == said["chatml"] == generate(model, TOKENIZER, asked, params).text + "\n"
+    assert said["none"] == "hen" + generate(model, TOKENIZER, "hen", params).text + "\n"
+
+
+def test_another_template_than_the_model_was_taught_is_refused(taught, tmp_path, capsys):
+    assert run_command(cli.dispatch, ["generate", str(taught), "--template", "plain"]) == 1
+    assert "plain is given, but the model was taught chatml; leave it out" in capsys.readouterr().err
+    save(make_model(), TOKENIZER, tmp_path / "base")
+    assert template_for(tmp_path / "base", "auto", TOKENIZER) is None
+    assert template_for(tmp_path / "base", "plain", TOKENIZER).name == "plain"
+
+
+def test_an_exported_model_takes_its_template_along(taught, tmp_path):
+    """Into a folder of ours, and into one of Hugging Face's, from which it is recognised again."""
+    assert run_command(cli.dispatch, ["export", str(taught), str(tmp_path / "ours")]) == 0
+    assert run_command(cli.dispatch, ["export", str(taught), str(tmp_path / "theirs"), "--format", "hf"]) == 0
+    assert run_command(cli.dispatch, ["import", str(tmp_path / "theirs"), str(tmp_path / "again")]) == 0
+    names = {folder: taught_template(tmp_path / folder) for folder in ("ours", "theirs", "again")}
+    assert names == dict.fromkeys(names, "chatml")
+    ends = json.loads((tmp_path / "theirs" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == [TOKENIZER.special_tokens["<|im_end|>"], TOKENIZER.eos_id]
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    said = [message._asdict() for message in (SYSTEM, A, B, A)]
+    expected = prompt(TEMPLATES["chatml"], TOKENIZER, [SYSTEM, A, B, A])
+    assert theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False) == expected
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +253,10 @@ def test_a_file_that_is_no_conversation_is_neither_read_nor_overwritten(tmp_path
     for content, message in [
         ("notes", "not valid JSON"),
         ("{}", "no conversation"),
-        (json.dumps({"messages": [user, {"role": "robot", "content": ""}]}), "message 1: role system, user"),
+        (
+            json.dumps({"messages": [user, {"role": "robot", "content": ""}]}),
+            "message 1: role system, user, assistant, tool",
+        ),
         (json.dumps({"messages": [user, {"role": "system", "content": ""}]}), "message 1: system after user"),
     ]:
         file = tmp_path / "notes.json"

@@ -13,15 +13,24 @@ from typing import Annotated, NamedTuple
 
 from torch import nn
 
-from minillm.cli.conversation import Message, Template, continuation, fitting, read_conversation, to_json
+from minillm.cli.conversation import (
+    Template,
+    continuation,
+    conversing,
+    fitting,
+    read_conversation,
+    template_for,
+    to_json,
+)
 from minillm.cli.model import params_of_folder
 from minillm.cli.verb import Verb
 from minillm.config import checked, fields_of, nearest, shown
+from minillm.data.chat import Message
 from minillm.distributed.device import find_device
 from minillm.files import write_atomically
 from minillm.generate.engine import stream
 from minillm.generate.params import SamplingParams
-from minillm.load import load
+from minillm.load import find_checkpoint, load
 from minillm.tokenizer import Tokenizer
 
 ANSWER_TOKENS = 256  # kept free for an answer where max_new_tokens is not set, or a quarter of a small context
@@ -37,6 +46,7 @@ class Chat(SamplingParams):
 
     path: Annotated[str, "run directory, checkpoint, or folder"]
     system: Annotated[str, "what stands before the conversation, however long that gets"] = ""
+    template: Annotated[str, "how it is given what is said; auto: as it was taught, none: as text to continue"] = "auto"
     step: Annotated[int | None, "checkpoint of a run; none: the newest", ">= 0"] = None
     device: Annotated[str, "auto | cpu | cuda | mps | ..."] = "auto"
 
@@ -191,17 +201,21 @@ def obey(session: Session, line: str) -> str:
 
 def chat(options: Chat) -> None:
     """Talk with a model until the input ends."""
-    model, tokenizer = load(options.path, device=find_device(options.device), step=options.step)
+    folder = find_checkpoint(Path(options.path), options.step)
+    model, tokenizer = load(folder, device=find_device(options.device))
     if tokenizer is None:
         raise ValueError(f"{options.path}: there is no tokenizer beside the model, so it cannot read or write text")
-    session = Session(model, tokenizer, SamplingParams(**{name: getattr(options, name) for name in PARAMETERS}))
+    template = template_for(folder, options.template, tokenizer)
+    params = SamplingParams(**{name: getattr(options, name) for name in PARAMETERS})
+    session = Session(model, tokenizer, params, template=conversing(template))
     if options.system:
         session.messages.append(Message("system", options.system))
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         with suppress(ImportError):  # where it is there, it lets lines be edited and called back
             import readline  # noqa: F401
-        say(f"{options.path}: continues what you write; /help lists commands")
+        does = f"answers what you say ({template.name})" if template else "continues what you write"
+        say(f"{options.path}: {does}; /help lists commands")
     while not session.over:
         try:
             line = input("> " if at_terminal else "")
@@ -245,7 +259,7 @@ VERBS = {
         chat,
         Chat,
         ["path"],
-        "RUN: talk with a model, as plain text that it continues",
+        "RUN: talk with a model; one that was taught no conversations continues the text",
         defaults=params_of_folder,
     )
 }

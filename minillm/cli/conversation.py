@@ -4,19 +4,13 @@ import json
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
+from minillm.data.chat import FOLLOWS, ChatTemplate, Message, Role, prompt, stop_ids
+from minillm.data.jinja import choose_template
 from minillm.files import read_json
+from minillm.load import taught_template
 from minillm.tokenizer import Tokenizer
-
-Role = Literal["system", "user", "assistant"]
-
-
-class Message(NamedTuple):
-    """What one side said."""
-
-    role: Role
-    content: str
 
 
 class Rendered(NamedTuple):
@@ -41,6 +35,24 @@ def continuation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Rendered:
         between = "\n" if text and message.role != "assistant" else ""
         text += between + message.content
     return Rendered(([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text))
+
+
+def template_for(folder: Path, wanted: str, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The chat template that `--template` says, None for plain text that is continued; auto: what the model was taught.
+
+    Raises ValueError where the model was taught another than is wanted.
+    """
+    taught = taught_template(folder)
+    if wanted == "none" or (wanted == "auto" and taught is None):
+        return None
+    return choose_template(wanted, tokenizer, taught)
+
+
+def conversing(template: ChatTemplate | None) -> Template:
+    """How a model that was taught this template is given a conversation."""
+    if template is None:
+        return continuation
+    return lambda tokenizer, messages: Rendered(prompt(template, tokenizer, messages), stop_ids(template, tokenizer))
 
 
 def fitting(
@@ -78,7 +90,7 @@ def read_conversation(path: str | Path) -> list[Message]:
     for number, row in enumerate(rows):
         role, content = (row.get("role"), row.get("content")) if isinstance(row, dict) else (None, None)
         if role not in get_args(Role) or not isinstance(content, str):
-            raise ValueError(f"{path}: message {number}: role system, user or assistant and a content are expected")
+            raise ValueError(f"{path}: message {number}: role {', '.join(get_args(Role))} and a content are expected")
         if not may_follow(role, messages):
             before = f"after {messages[-1].role}" if messages else "at the beginning"
             raise ValueError(f"{path}: message {number}: {role} {before}; user and assistant take turns")
@@ -88,5 +100,4 @@ def read_conversation(path: str | Path) -> list[Message]:
 
 def may_follow(role: Role, messages: Sequence[Message]) -> bool:
     """Whether somebody may speak next: system only at the beginning, then user and assistant in turns."""
-    before = messages[-1].role if messages else None
-    return before in {"system": (None,), "user": (None, "system", "assistant"), "assistant": ("user",)}[role]
+    return (messages[-1].role if messages else None) in FOLLOWS[role]

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from minillm.cli.conversation import conversing, template_for
 from minillm.cli.verb import Verb
 from minillm.config import Layer
+from minillm.data.chat import Message
 from minillm.distributed.device import find_device
 from minillm.files import free_directory
 from minillm.generate.engine import stream
 from minillm.generate.params import SAMPLING_ONLY, SamplingParams
 from minillm.hf import find_folder, is_hugging_face
-from minillm.load import default_params, export, export_hugging_face, load
+from minillm.load import default_params, export, export_hugging_face, find_checkpoint, load
 from minillm.merge import merge
 from minillm.trainer.config import DTYPES
 
@@ -24,7 +26,8 @@ class Generate(SamplingParams):
     """Options of `generate`."""
 
     path: Annotated[str, "run directory, checkpoint, or folder"]
-    prompt: Annotated[str, "text to continue"] = ""
+    prompt: Annotated[str, "text to continue, or what to answer"] = ""
+    template: Annotated[str, "how it is given the prompt; auto: as it was taught, none: as text to continue"] = "auto"
     step: Annotated[int | None, "checkpoint of a run; none: the newest", ">= 0"] = None
     device: Annotated[str, "auto | cpu | cuda | mps | ..."] = "auto"
 
@@ -71,13 +74,19 @@ def params_of_folder(options: Any) -> Layer:
 
 
 def generate_text(options: Generate) -> None:
-    """Continue a prompt, a piece at a time."""
-    model, tokenizer = load(options.path, device=find_device(options.device), step=options.step)
+    """Continue a prompt, or answer it, a piece at a time."""
+    folder = find_checkpoint(Path(options.path), options.step)
+    model, tokenizer = load(folder, device=find_device(options.device))
     if tokenizer is None:
         raise ValueError(f"{options.path}: there is no tokenizer beside the model, so it cannot read or write text")
     params = SamplingParams(**{name: getattr(options, name) for name in PARAMETERS})
-    print(options.prompt, end="", flush=True)
-    for piece in stream(model, tokenizer, options.prompt, params):
+    prompt: str | list[int] = options.prompt
+    if template := template_for(folder, options.template, tokenizer):
+        prompt, stops = conversing(template)(tokenizer, [Message("user", options.prompt)])
+        params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *stops))
+    else:
+        print(prompt, end="", flush=True)
+    for piece in stream(model, tokenizer, prompt, params):
         print(piece, end="", flush=True)
     print()
 

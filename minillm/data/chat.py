@@ -171,11 +171,11 @@ TEMPLATES = {template.name: template for template in FAMILIES}
 def find_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     """The template of that name. Raises ValueError where there is none, or where the tokenizer lacks its tokens."""
     if name not in TEMPLATES:
-        raise ValueError(f"sft.template: {name!r} is not known{nearest(name, TEMPLATES)} ({', '.join(TEMPLATES)})")
+        raise ValueError(f"template: {name!r} is not known{nearest(name, TEMPLATES)} ({', '.join(TEMPLATES)})")
     if missing := missing_marks(TEMPLATES[name], tokenizer):
         fitting = ", ".join(other for other in TEMPLATES if not missing_marks(TEMPLATES[other], tokenizer))
         raise ValueError(
-            f"sft.template: the tokenizer has no {', '.join(missing)}, which {name} needs"
+            f"template: the tokenizer has no {', '.join(missing)}, which {name} needs"
             + (f"; it has what these need: {fitting}" if fitting else "")
         )
     return TEMPLATES[name]

@@ -4,8 +4,9 @@ Jinja is a programming language, so a text that came with a model is only compar
 """
 
 import hashlib
+from typing import NamedTuple
 
-from minillm.data.chat import CONTENT, TEMPLATES, ChatTemplate, find_template, missing_marks, parts_of
+from minillm.data.chat import CONTENT, TEMPLATES, ChatTemplate, find_template, missing_marks, parts_of, stop_ids
 from minillm.tokenizer import Tokenizer
 
 # Published texts by the sha256 of what `comparable` leaves of them.
@@ -90,6 +91,23 @@ def jinja_of(tokenizer: Tokenizer) -> str | None:
     return found
 
 
+class Exported(NamedTuple):
+    """What Hugging Face's tools have to know of a chat template."""
+
+    jinja: str
+    stop_ids: tuple[int, ...]
+
+
+def exported(name: str | None, tokenizer: Tokenizer | None) -> Exported | None:
+    """The template of that name for Hugging Face's tools: as it came with the tokenizer, where it did, else as ours."""
+    if name is None or tokenizer is None:
+        return None
+    template, theirs = find_template(name, tokenizer), jinja_of(tokenizer)
+    if theirs is None or recognise(theirs, tokenizer) != name:
+        theirs = jinja(template, tokenizer)
+    return Exported(theirs, stop_ids(template, tokenizer))
+
+
 def choose_template(wanted: str, tokenizer: Tokenizer, taught: str | None = None) -> ChatTemplate:
     """The template of `sft.template`; for auto the one that the model was taught, or that its tokenizer came with.
 
@@ -100,11 +118,11 @@ def choose_template(wanted: str, tokenizer: Tokenizer, taught: str | None = None
     if wanted != "auto":
         template = find_template(wanted, tokenizer)
         if taught not in (None, wanted):
-            raise ValueError(f"sft.template: {wanted} is given, but the model was taught {taught}; leave it out")
+            raise ValueError(f"template: {wanted} is given, but the model was taught {taught}; leave it out")
         return template
     if known is None and theirs:
         raise ValueError(
-            "sft.template: the chat template that came with the tokenizer is none that is known; name the nearest of "
+            "template: the chat template that came with the tokenizer is none that is known; name the nearest of "
             f"{', '.join(name for name in TEMPLATES if not missing_marks(TEMPLATES[name], tokenizer))}"
         )
     return find_template(known or DEFAULT, tokenizer)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from minillm.checkpoint.shard import byte_view, write_blocks
+from minillm.data.jinja import Exported
 from minillm.hf.config import choose_family
 from minillm.hf.generation import GENERATION
 from minillm.hf.weights import INDEX, ONE_FILE, lay_out
@@ -39,8 +40,11 @@ def write(
     tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
     blocks: Callable[[str], Iterator[Tensor]],
     max_shard_size: str | int = "5GB",
+    chat: Exported | None = None,
 ) -> None:
     """Fill a folder with a model whose tensors come a block of rows at a time, in the dtypes that `tensors` gives.
+
+    `chat`: the template that it was taught, and the tokens that end its answers.
 
     Raises ValueError, before anything is written, for a model that no family can express.
     """
@@ -65,9 +69,11 @@ def write(
     marks = {f"{mark}_token_id": getattr(tokenizer, f"{mark}_id", None) for mark in ("bos", "eos", "pad")}
     dtype = str(theirs[family.modules["embed"] + ".weight"][0]).removeprefix("torch.")
     write_json(folder / "config.json", values | marks | {"torch_dtype": dtype})
-    write_json(folder / GENERATION, marks)
+    ends = list(dict.fromkeys([*chat.stop_ids, marks["eos_token_id"]])) if chat else marks["eos_token_id"]
+    write_json(folder / GENERATION, marks | {"eos_token_id": ends})
     if tokenizer is not None:
-        for name, content in hugging_face_files(tokenizer, config.max_seq_len).items():
+        files = hugging_face_files(tokenizer, config.max_seq_len, chat.jinja if chat else None)
+        for name, content in files.items():
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     write_shards(folder, theirs, data, limit)
 

@@ -91,9 +91,10 @@ class HFTokenizer(TableTokenizer):
         text = super().decode(ids, skip_special)
         return text.removeprefix(" ") if self.adds_space else text
 
-    def files(self) -> dict[str, bytes | str]:
+    def files(self, chat_template: str | None = None) -> dict[str, bytes | str]:
+        chat = {} if chat_template is None else {"chat_template": chat_template}
+        config = json.dumps(self.config | self.marks | chat, indent=2, ensure_ascii=False) + "\n"
         # the description comes last: where it is, all is there
-        config = json.dumps(self.config | self.marks, indent=2, ensure_ascii=False) + "\n"
         return {"tokenizer_config.json": config, "tokenizer.json": self.description}
 
     def arguments(self) -> tuple:

@@ -23,14 +23,17 @@ from minillm.tokenizer.hf import HFTokenizer
 from minillm.tokenizer.kinds import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 
 
-def hugging_face_files(tokenizer: Tokenizer, max_seq_len: int | None = None) -> dict[str, bytes | str]:
+def hugging_face_files(
+    tokenizer: Tokenizer, max_seq_len: int | None = None, chat_template: str | None = None
+) -> dict[str, bytes | str]:
     """Name and content of the files that transformers reads a tokenizer from; one of Hugging Face's stays as it came.
 
-    `max_seq_len`: the longest text that the model takes, which transformers warns about.
+    `max_seq_len`: the longest text that the model takes, which transformers warns about. `chat_template`: what it was
+    taught, in Jinja.
     """
     match tokenizer:
         case HFTokenizer():
-            return tokenizer.files()
+            return tokenizer.files(chat_template)
         case BPETokenizer():
             # llama.cpp and other tools of the Llama family read sentencepiece's own file
             extra = {"tokenizer.model": tokenizer.model}
@@ -48,6 +51,8 @@ def hugging_face_files(tokenizer: Tokenizer, max_seq_len: int | None = None) -> 
     }
     if max_seq_len is not None:
         config["model_max_length"] = max_seq_len
+    if chat_template is not None:
+        config["chat_template"] = chat_template
     files = {"tokenizer_config.json": config, "tokenizer.json": definition_of(tokenizer)}
     return extra | {name: json.dumps(value, indent=1, ensure_ascii=False) + "\n" for name, value in files.items()}
 
