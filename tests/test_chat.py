@@ -15,7 +15,8 @@ import torch
 from minillm import cli
 from minillm.cli.chat import COMMANDS, Session, obey
 from minillm.cli.conversation import Rendered, continuation, conversing, fitting, read_conversation, template_for
-from minillm.data.chat import TEMPLATES, Message, prompt
+from minillm.data.chat import prompt
+from minillm.data.chat_templates import TEMPLATES, Message
 from minillm.generate.engine import generate
 from minillm.generate.params import SamplingParams
 from minillm.load import save, taught_template

@@ -12,7 +12,8 @@ import torch
 from minillm import cli
 from minillm.config import Layer, build
 from minillm.data.batch import Batch
-from minillm.data.chat import TEMPLATES, Message, render, stop_ids
+from minillm.data.chat import render, stop_ids
+from minillm.data.chat_templates import TEMPLATES, Message
 from minillm.data.config import ConversationsConfig
 from minillm.data.conversation_store import open_conversations
 from minillm.data.corpus import identity
@@ -337,6 +338,21 @@ def test_inspect_marks_what_is_learned_and_counts_it(tmp_path, monkeypatch, caps
     [folder] = (tmp_path / ".cache/minillm").glob("rows*/index.json")
     assert run_command(cli.dispatch, ["data", "inspect", str(folder.parent), "--rows", "1"]) == 0
     assert "assistant\\n⟦xxxxx<|im_end|>⟧" in capsys.readouterr().out
+
+
+def test_inspect_shows_what_a_step_of_a_run_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "rows.jsonl", [row(number) for number in range(8)])
+    (tmp_path / "run").mkdir()
+    TOKENIZER.save(tmp_path / "run")
+    data = {"path": path, "seq_len": 64, "val": "0", "packing": True}
+    config = {"run": {"seed": 3}, "data": data, "sft": {"template": "chatml", "train_on": "last", "neftune": 5.0}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens": 256}) + "\n")
+    assert run_command(cli.dispatch, ["data", "inspect", "run", "--step", "1"]) == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^sample \d: epoch 0, row \d, \d+ tokens", said, re.M)) == 4
+    assert len(re.findall(r"<\|im_start\|>assistant\\n⟦x+(<\|im_end\|>)?⟧$", said, re.M)) == 8
 
 
 def test_in_a_terminal_what_is_learned_is_green(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm.data.chat import Message
+from minillm.data.chat_templates import Message
 from minillm.data.conversations import Conversation, conversation_of, layout_of, read_columns
 from minillm.data.records import records
 

@@ -6,7 +6,8 @@ import random
 import pytest
 from published_templates import PUBLISHED
 
-from minillm.data.chat import TEMPLATES, Message, find_template, prompt, render, render_all, stop_ids
+from minillm.data.chat import find_template, prompt, render, render_all, stop_ids
+from minillm.data.chat_templates import TEMPLATES, Message
 from minillm.data.jinja import choose_template, jinja, recognise
 from minillm.tokenizer import (
     BPETokenizer,

@@ -25,7 +25,7 @@ from minillm.cli.conversation import (
 from minillm.cli.model import params_of_folder
 from minillm.cli.verb import Verb
 from minillm.config import checked, fields_of, nearest, shown
-from minillm.data.chat import Message
+from minillm.data.chat_templates import Message
 from minillm.distributed.device import find_device
 from minillm.files import write_atomically
 from minillm.generate.engine import stream

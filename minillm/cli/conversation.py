@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from minillm.data.chat import FOLLOWS, ChatTemplate, Message, Role, prompt, stop_ids
+from minillm.data.chat import prompt, stop_ids
+from minillm.data.chat_templates import FOLLOWS, ChatTemplate, Message, Role
 from minillm.data.jinja import choose_template
 from minillm.files import read_json
 from minillm.load import taught_template

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from minillm import checkpoint
 from minillm.cli.verb import Verb
-from minillm.config import Layer, build, file_layer
+from minillm.config import Layer, build, fields_of, file_layer
 from minillm.data.chat import find_template
 from minillm.data.clean.config import CleanConfig
 from minillm.data.clean.pipeline import clean, clean_shard, merge
@@ -108,7 +108,8 @@ def data_inspect(options: DataInspect) -> None:
     saved = file_layer(run.config).values
 
     def section(section_class: type, name: str):
-        values = {key.partition(".")[2]: value for key, value in saved.items() if key.startswith(f"{name}.")}
+        known = {field.name for field in fields_of(section_class)}
+        values = {known_name: saved[key] for known_name in known if (key := f"{name}.{known_name}") in saved}
         return build(section_class, [Layer(str(run.config), values)])
 
     conversations = any(name.startswith("sft.") for name in saved)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from minillm.cli.conversation import conversing, template_for
 from minillm.cli.verb import Verb
 from minillm.config import Layer
-from minillm.data.chat import Message
+from minillm.data.chat_templates import Message
 from minillm.distributed.device import find_device
 from minillm.files import free_directory
 from minillm.generate.engine import stream

@@ -1,11 +1,4 @@
-"""Chat templates: a conversation as tokens, which of them are learned, and the prompt that an answer continues.
-
-A template is data: a text for each role, in which {content} stands for what was said, {bos} and {eos} for the
-tokenizer's tokens, and the names of special tokens for themselves. An answer has three parts:
-
-    <|im_start|>assistant\\n | {content}<|im_end|> | \\n
-    opening: a prompt ends    answer: is learned    closing
-    with it
+"""A conversation as tokens by a chat template: which of them are learned, and the prompt that an answer continues.
 
 What was said is text and never becomes a special token, whatever it spells. Text is encoded from one special token to
 the next in one piece, as Hugging Face's tokenizers do, so that the ids are those of transformers' apply_chat_template;
@@ -14,155 +7,15 @@ but it is cut where an answer begins, since that is where a model begins to writ
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from minillm.config import nearest
+from minillm.data.chat_templates import TEMPLATES, ChatTemplate, Message
 from minillm.tokenizer import Tokenizer
 
-Role = Literal["system", "user", "assistant", "tool"]
 TrainOn = Literal["assistant", "last", "all"]
-# Who may speak after whom; None is the beginning.
-FOLLOWS = {
-    "system": (None,),
-    "user": (None, "system", "assistant"),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
-
-
-class Message(NamedTuple):
-    """What one side said."""
-
-    role: Role
-    content: str
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """How a family of models is given a conversation."""
-
-    name: str
-    user: str
-    opening: str  # of an answer
-    answer: str
-    closing: str = ""
-    begin: str = ""
-    system: str | None = None  # None: there is no place for such a message
-    system_in_user: bool = False  # what is made of the system message stands where the first user's content begins
-    default_system: str | None = None  # where a conversation has none
-    tool: str | None = None
-    tools_begin: str = ""  # around messages of tools that follow one another
-    tools_end: str = ""
-    marks: tuple[str, ...] = ()  # special tokens that the tokenizer has to have
-    strips: bool = False  # white space around what was said is left out
-
-
-CHATML = ChatTemplate(
-    "chatml",
-    system="<|im_start|>system\n{content}<|im_end|>\n",
-    user="<|im_start|>user\n{content}<|im_end|>\n",
-    opening="<|im_start|>assistant\n",
-    answer="{content}<|im_end|>",
-    closing="\n",
-    tool="<|im_start|>tool\n{content}<|im_end|>\n",
-    marks=("<|im_start|>", "<|im_end|>"),
-)
-
-# The formats are those of the models' own cards and tokenizer_config.json: Qwen2.5, Llama 2 Chat, Meta Llama 3, Zephyr,
-# Gemma 1 and 2, Mistral 7B Instruct v0.2; Stanford Alpaca's README; Vicuna 1.1 in FastChat.
-FAMILIES = (
-    CHATML,
-    replace(
-        CHATML,
-        name="qwen",
-        default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-        tools_begin="<|im_start|>user",
-        tool="\n<tool_response>\n{content}\n</tool_response>",
-        tools_end="<|im_end|>\n",
-    ),
-    ChatTemplate(
-        "llama-2",
-        system="<<SYS>>\n{content}\n<</SYS>>\n\n",
-        system_in_user=True,
-        user="{bos}[INST] {content} [/INST]",
-        opening="",
-        answer=" {content} {eos}",
-        strips=True,
-    ),
-    ChatTemplate(
-        "llama-3",
-        begin="<|begin_of_text|>",
-        system="<|start_header_id|>system<|end_header_id|>\n\n{content}<|eot_id|>",
-        user="<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>",
-        opening="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        answer="{content}<|eot_id|>",
-        tool="<|start_header_id|>tool<|end_header_id|>\n\n{content}<|eot_id|>",
-        marks=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-        strips=True,
-    ),
-    ChatTemplate(
-        "alpaca",
-        begin="{bos}",
-        default_system=(
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        ),
-        system="{content}\n\n",
-        user="### Instruction:\n{content}\n\n",
-        opening="### Response:\n",
-        answer="{content}{eos}",
-        closing="\n\n",
-    ),
-    ChatTemplate(
-        "vicuna",
-        begin="{bos}",
-        default_system=(
-            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the user's questions."
-        ),
-        system="{content} ",
-        user="USER: {content} ",
-        opening="ASSISTANT:",
-        answer=" {content}{eos}",
-    ),
-    ChatTemplate(
-        "zephyr",
-        system="<|system|>\n{content}{eos}\n",
-        user="<|user|>\n{content}{eos}\n",
-        opening="<|assistant|>\n",
-        answer="{content}{eos}",
-        closing="\n",
-    ),
-    ChatTemplate(
-        "gemma",
-        begin="{bos}",
-        user="<start_of_turn>user\n{content}<end_of_turn>\n",
-        opening="<start_of_turn>model\n",
-        answer="{content}<end_of_turn>",
-        closing="\n",
-        marks=("<start_of_turn>", "<end_of_turn>"),
-        strips=True,
-    ),
-    ChatTemplate(
-        "mistral",
-        begin="{bos}",
-        user="[INST] {content} [/INST]",
-        opening="",
-        answer="{content}{eos}",
-    ),
-    ChatTemplate(
-        "plain",
-        begin="{bos}",
-        system="{content}\n",
-        user="{content}\n",
-        opening="",
-        answer="{content}{eos}",
-        tool="{content}\n",
-    ),
-)
-TEMPLATES = {template.name: template for template in FAMILIES}
 
 
 # --- a template for a tokenizer ---------------------------------------------------------------------------------------

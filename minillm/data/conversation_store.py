@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from minillm.data.chat import ChatTemplate, check_places
+from minillm.data.chat import check_places
+from minillm.data.chat_templates import ChatTemplate
 from minillm.data.config import ConversationsConfig
 from minillm.data.conversations import Conversation, Layout, conversation_of, layout_of, read_columns
 from minillm.data.corpus import open_sources

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minillm.config import nearest
-from minillm.data.chat import FOLLOWS, Message, Role
+from minillm.data.chat_templates import FOLLOWS, Message, Role
 from minillm.data.json_rows import named
 from minillm.files import read_json
 

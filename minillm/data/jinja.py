@@ -6,7 +6,8 @@ Jinja is a programming language, so a text that came with a model is only compar
 import hashlib
 from typing import NamedTuple
 
-from minillm.data.chat import CONTENT, TEMPLATES, ChatTemplate, find_template, missing_marks, parts_of, stop_ids
+from minillm.data.chat import CONTENT, find_template, missing_marks, parts_of, stop_ids
+from minillm.data.chat_templates import TEMPLATES, ChatTemplate
 from minillm.tokenizer import Tokenizer
 
 # Published texts by the sha256 of what `comparable` leaves of them.

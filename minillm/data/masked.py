@@ -11,7 +11,8 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
-from minillm.data.chat import TEMPLATES, ChatTemplate, Rendered, TrainOn, render_all, stop_ids
+from minillm.data.chat import Rendered, TrainOn, render_all, stop_ids
+from minillm.data.chat_templates import TEMPLATES, ChatTemplate
 from minillm.data.conversations import Conversation
 from minillm.tokenizer import Tokenizer
 
