@@ -151,9 +151,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     found = {}
     for path in sorted(tmp_path.iterdir()):
-        batches = list(records(path))
-        assert [row for _, batch in batches for row in batch] == rows
-        found[path.name] = [line for lines, _ in batches for line in lines]
+        assert [row for _, row in records(path)] == rows
+        found[path.name] = [line for line, _ in records(path)]
     assert found == {"a.jsonl": [1, 3], "b.json": [2, 6], "c.csv": [2, 4], "d.jsonl.gz": [1, 3]}
 
 
@@ -163,9 +162,9 @@ def test_lists_of_messages_are_read_from_parquet(tmp_path):
 
     rows = [{"messages": [say("user", "hi"), say("assistant", "ho")]}] * 70
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    batches = list(records(tmp_path / "a.parquet"))
-    assert [line for lines, _ in batches for line in lines] == list(range(1, 71))
-    assert all(conversation_of(row).messages == PAIR for _, found in batches for row in found)
+    lines, found = zip(*records(tmp_path / "a.parquet"))
+    assert lines == tuple(range(1, 71))
+    assert all(conversation_of(row).messages == PAIR for row in found)
 
 
 def test_plain_text_files_have_no_rows(tmp_path):
@@ -178,7 +177,7 @@ def test_the_example_files_are_conversations():
     names += ["facts.jsonl"]
     for name in names:
         layout = layout_of(DATA / name, {})
-        found = [conversation_of(row, layout) for _, rows in records(DATA / name) for row in rows]
+        found = [conversation_of(row, layout) for _, row in records(DATA / name)]
         assert len(found) >= 2
         assert bool(found[0].text) == (name == "facts.jsonl")
     info = json.loads((DATA / "dataset_info.json").read_text())

@@ -14,6 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from itertools import tee
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,21 +118,21 @@ def conversations(reading: Reading, bad: list[str]) -> Iterator[Found]:
     """The conversations of all files, in order; what is wrong with rows that are skipped joins `bad`."""
     left = reading.config.max_samples
     for number, file in enumerate(reading.files):
-        for lines, rows in records(file["path"]):
-            for line, row in zip(lines, rows):
-                if left == 0 and file["split"] == "train":
-                    break
-                try:
-                    conversation = conversation_of(row, reading.layouts[file["path"]])
-                    check_places(reading.template, conversation.messages)
-                except ValueError as error:
-                    bad.append(f"{file['path']}:{line}: {error}")
-                    if reading.turns.on_bad == "error":
-                        hint = "; fix the row, or leave out such rows with --sft.on_bad skip"
-                        raise ValueError(bad[-1] + hint) from None
-                    continue
-                left = left - 1 if left is not None and file["split"] == "train" else left
-                yield Found(conversation, number, line)
+        counted = left is not None and file["split"] == "train"
+        for line, row in records(file["path"]):
+            if counted and left == 0:
+                break
+            try:
+                conversation = conversation_of(row, reading.layouts[file["path"]])
+                check_places(reading.template, conversation.messages)
+            except ValueError as error:
+                bad.append(f"{file['path']}:{line}: {error}")
+                if reading.turns.on_bad == "error":
+                    hint = "fix the row, or leave out such rows with --sft.on_bad skip"
+                    raise ValueError(f"{bad[-1]}; {hint}") from None
+                continue
+            left = left - 1 if counted else left
+            yield Found(conversation, number, line)
 
 
 class Job(NamedTuple):
@@ -206,10 +207,9 @@ def write(reading: Reading, tokenizer: Tokenizer, identity: dict, directory: Pat
     ):
         writers = {name: SplitWriter(folder, name, dtype, identity["shard_tokens"]) for name in splits}
         masks = {name: GrowingArray(folder / f"{name}-trained.npy", "|u1") for name in splits}
-        waiting: list[Job] = []
-        tasks = (waiting.append(job) or job.conversations for job in jobs(reading, n_train))
-        for masked in workers.map(partial(encode_conversations, *options), tasks):
-            job = waiting.pop(0)  # results come in the order of the tasks
+        given, kept = tee(jobs(reading, n_train))
+        tasks = (job.conversations for job in given)
+        for job, masked in zip(kept, workers.map(partial(encode_conversations, *options), tasks)):
             counts.update(masked.counts)
             in_val = np.array(job.in_val)[masked.numbers]
             for name, mine in (("train", ~in_val), ("val", in_val)):

@@ -2,17 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from minillm.data.json_rows import json_list_rows, jsonl_rows
 from minillm.data.tables import ROWS, csv_fields, opened_parquet
 from minillm.data.text import BLOCK, MAX_ROW, decoded, opened, raw_blocks, text_format
 
-Records = Iterator[tuple[list[int], list[object]]]  # (lines, rows): some at a time, a row mostly a dict of its fields
+Records = Iterator[tuple[int, object]]  # (line, row), a row mostly a dict of its fields
 
 
 def records(path: str | Path) -> Records:
-    """The rows of a file, with the line where each begins (of .parquet its number).
+    """The rows of a file, each with the line where it begins (of .parquet its number).
 
     Raises ValueError naming file and line where it cannot be read.
     """
@@ -23,25 +22,16 @@ def records(path: str | Path) -> Records:
         match kind:
             case "jsonl":
                 for block in raw_blocks(name, file, packed, "row"):
-                    yield jsonl_rows(decoded(block), name, block.line)
+                    yield from zip(*jsonl_rows(decoded(block), name, block.line))
             case "json":
-                yield from json_list_rows(name, file, BLOCK, MAX_ROW)
+                for lines, rows in json_list_rows(name, file, BLOCK, MAX_ROW):
+                    yield from zip(lines, rows)
             case "csv":
-                yield from csv_records(name, file)
+                rows = csv_fields(name, file)
+                _, header = next(rows, (0, []))
+                for line, fields in rows:
+                    yield line, dict(zip(header, fields))
             case "parquet":
-                yield from parquet_records(name, file)
-
-
-def csv_records(name: str, file: BinaryIO) -> Records:
-    rows = csv_fields(name, file)
-    _, header = next(rows, (0, []))
-    for line, fields in rows:
-        yield [line], [dict(zip(header, fields))]
-
-
-def parquet_records(name: str, file: BinaryIO) -> Records:
-    number = 1
-    with opened_parquet(name, file) as (_, table):
-        for batch in table.iter_batches(ROWS, use_threads=False):
-            yield list(range(number, number + batch.num_rows)), batch.to_pylist()
-            number += batch.num_rows
+                with opened_parquet(name, file) as (_, table):
+                    batches = table.iter_batches(ROWS, use_threads=False)
+                    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
