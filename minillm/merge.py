@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from minillm import checkpoint
-from minillm.load import check_same, find_checkpoint, in_memory, new_home, open_stored, some_tokens
+from minillm.load import check_same, find_checkpoint, in_memory, new_home, open_stored, some_tokens, taught_template
 from minillm.lora import merge_lora
 from minillm.tensors import parameter_names
 
@@ -27,7 +27,7 @@ def merge(
     stored = open_stored(source, base=base)
     if not stored.lora.r:
         raise ValueError(f"{source}: has no adapters to merge; `minillm export` copies it as it is")
-    with new_home(stored.config, stored.tokenizer, directory) as (folder, state):
+    with new_home(stored.config, stored.tokenizer, directory, taught_template(source)) as (folder, state):
         model, tokens = in_memory(stored).float(), some_tokens(stored.config)
         expected = model(tokens)
         found = merge_lora(model).to(dtype).float()(tokens)  # with the weights as they will be written

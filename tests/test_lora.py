@@ -15,7 +15,7 @@ from minillm.cli import dispatch
 from minillm.data.batch import Batch
 from minillm.distributed.context import Context
 from minillm.distributed.parallelize import parallelize
-from minillm.load import export, load, load_base, load_weights, save, weights_hash
+from minillm.load import export, load, load_base, load_weights, save, taught_template, weights_hash
 from minillm.lora import LoRAConfig, LoRALinear, adapted, apply_lora, base_parameters, disabled, merge_lora, merged
 from minillm.merge import merge
 from minillm.model.config import ModelConfig
@@ -307,7 +307,7 @@ def make_trainer(directory: Path, base: Path, config: LoRAConfig, model=None) ->
         dist=Context(torch.device("cpu")),
         run=RunDirectory(directory),
         identity={"base_sha256": weights_hash(base)},
-        config_dict={"model": SHAPE, "lora": dataclasses.asdict(config)},
+        config_dict={"model": SHAPE, "lora": dataclasses.asdict(config), "sft": {"template": "plain"}},
         base_path=str(base),
     )
 
@@ -390,6 +390,7 @@ def test_merge_writes_plain_weights_that_give_the_same_logits(dtype, run, tmp_pa
     assert said.startswith("merged in fp32: with its adapters the model's logits are the same to ")
     plain, expected = load(tmp_path / "out")[0], load(run)[0].float()(tokens())
     assert plain.state_dict().keys() == make_model().state_dict().keys()
+    assert taught_template(tmp_path / "out") == "plain"
     assert {p.dtype for p in plain.parameters()} == {DTYPES[dtype]}
     difference = (plain.float()(tokens()) - expected).abs().max()
     assert difference < (1e-5 if dtype == "fp32" else 0.1)
