@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from minillm.data.batch import Batch
+from minillm.eval import perplexity
 from minillm.eval.perplexity import evaluate, evaluation_mode, token_byte_lengths
 from minillm.losses import IGNORE_INDEX
 from minillm.model.config import ModelConfig
@@ -35,6 +36,14 @@ def test_loss_is_the_mean_over_all_tokens_however_they_are_batched():
     assert whole["val_loss"] == pytest.approx(expected)
     assert whole["perplexity"] == pytest.approx(math.exp(expected))
     assert whole["tokens"] == 7 * 8 - 13
+
+
+def test_sums_are_read_from_the_device_now_and_then(monkeypatch):
+    model, token_bytes = Transformer(CONFIG), torch.ones(50).long()
+    expected = evaluate(model, batches(*[1] * 7), OBJECTIVE, token_bytes)
+    for every in (1, 3, 7):
+        monkeypatch.setattr(perplexity, "READ_EVERY", every)
+        assert evaluate(model, batches(*[1] * 7), OBJECTIVE, token_bytes) == expected
 
 
 def test_bits_per_byte_divide_by_the_bytes_of_the_targets():

@@ -16,6 +16,8 @@ from minillm.losses import IGNORE_INDEX
 from minillm.objectives import Objective
 from minillm.tokenizer import Tokenizer
 
+READ_EVERY = 1024  # batches: reading waits for the device, and what is not read takes its memory
+
 
 def evaluate(
     model: nn.Module,
@@ -39,7 +41,8 @@ def evaluate(
 
     Run it inside the autocast that training uses. Raises ValueError where no batch has a unit to evaluate.
     """
-    sums: dict[str, list[Tensor]] = {"loss": [], "units": []}
+    sums: dict[str, list[float]] = {"loss": [], "units": []}
+    unread: dict[str, list[Tensor]] = {}
     with evaluation_mode(model):
         for batch in batches:
             loss_sum, metrics = objective(model, batch if device is None else batch.to(device))
@@ -50,9 +53,11 @@ def evaluate(
             for name, (metric_sum, count) in metrics.items():
                 parts |= {f"{name}.sum": metric_sum, f"{name}.count": count}
             for name, value in parts.items():
-                sums.setdefault(name, []).append(torch.as_tensor(value))
-    # read from the device only now; fsum rounds once, however many batches there are
-    totals = [math.fsum(torch.stack(values).tolist()) if values else 0.0 for values in sums.values()]
+                unread.setdefault(name, []).append(torch.as_tensor(value))
+            if len(unread["loss"]) == READ_EVERY:
+                read_sums(unread, sums)
+    read_sums(unread, sums)
+    totals = list(map(math.fsum, sums.values()))  # rounded once, however many batches there are
     reduced = torch.tensor(totals, dtype=torch.float64)
     total = dict(zip(sums, (reduce(reduced) if reduce else reduced).tolist()))
     if not total["units"]:
@@ -64,6 +69,13 @@ def evaluate(
         result["val_bpb"] = total["loss"] / math.log(2) / total["bytes"] if total["bytes"] else math.inf
     names = [name.removesuffix(".count") for name in total if name.endswith(".count")]
     return result | {f"val_{name}": total[f"{name}.sum"] / total[f"{name}.count"] for name in names}
+
+
+def read_sums(unread: dict[str, list[Tensor]], into: dict[str, list[float]]) -> None:
+    """Move the sums of some batches from the device to the host."""
+    for name, values in unread.items():
+        into.setdefault(name, []).extend(torch.stack(values).tolist())
+    unread.clear()
 
 
 def mixture(parts: Sequence[tuple[str, float, Mapping[str, float]]]) -> dict[str, float]:
