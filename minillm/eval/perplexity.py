@@ -16,7 +16,9 @@ from minillm.losses import IGNORE_INDEX
 from minillm.objectives import Objective
 from minillm.tokenizer import Tokenizer
 
-READ_EVERY = 1024  # batches: reading waits for the device, and what is not read takes its memory
+# Batches. Reading waits for the device; but on a CPU what is not read lies between the large tensors of each batch, and
+# what those leave cannot be used again: with 1024 a process grew by 0.4 GB in 300 batches, with 16 by nothing.
+READ_EVERY = 16
 
 
 def evaluate(
