@@ -32,7 +32,7 @@ def forks(tmp_path_factory) -> Iterator[Forks]:
 @pytest.fixture
 def known_peak(monkeypatch) -> None:
     """train.py is told how fast the device is: measuring that takes longer than a small run."""
-    monkeypatch.setattr("train.peak_flops", lambda *_: 1e10)
+    monkeypatch.setattr("minillm.recipe.wiring.peak_flops", lambda *_: 1e10)
 
 
 @pytest.fixture

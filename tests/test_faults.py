@@ -18,8 +18,11 @@ from torch.distributed.run import get_args_parser
 
 import train
 from minillm import checkpoint
+from minillm.data.loader import Loader
 from minillm.distributed import launch
 from minillm.log import read_metrics
+from minillm.objectives import NextToken
+from minillm.recipe import wiring
 
 RUN = Path("runs/small")
 ROOT = Path(__file__).parent.parent
@@ -45,13 +48,13 @@ def faulty(words):
     fault = json.loads(fault)
     if fault and os.environ.get("RANK", "0") == str(fault["rank"]):
         inject(**fault)
-    train.peak_flops = lambda *_: 1e10  # measuring takes longer than the run
+    wiring.peak_flops = lambda *_: 1e10  # measuring takes longer than the run
     return train.main(argv)
 
 
 PLACES = {
-    "reading batches": (train.Loader, "batches"),
-    "evaluation": (train.NextToken, "__call__"),
+    "reading batches": (Loader, "batches"),
+    "evaluation": (NextToken, "__call__"),
     "saving": (checkpoint.series, "write_pieces"),
     "preparing the text": (train, "open_corpus"),
 }

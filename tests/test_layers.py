@@ -13,7 +13,8 @@ LAYERS = [
     ["objectives", "doctor", "hf", "generate", "plan"],
     ["load", "eval", "memory"],
     ["merge", "strategy"],
-    ["recipe", "report", "trainer"],
+    ["report", "trainer"],
+    ["recipe"],
     ["simulate"],
     ["cli"],
 ]

@@ -28,6 +28,7 @@ from minillm.log import read_metrics, run_command
 from minillm.losses import IGNORE_INDEX
 from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
+from minillm.recipe import make_evaluation
 from minillm.tokenizer import ByteTokenizer
 from minillm.trainer import Stopped
 
@@ -444,11 +445,11 @@ def test_each_source_is_evaluated_and_the_loss_is_that_of_the_mixture(workplace,
 
 
 def test_an_evaluation_can_be_interrupted_in_any_source(workplace):
-    config = train.build(train.Config, [file_layer("small.toml")])
+    config = build(train.Config, [file_layer("small.toml")])
     tokenizer = ByteTokenizer()
     sources = open_sources(config.data, tokenizer)
     model = Transformer(config.model.to_config(vocab_size=tokenizer.vocab_size))
-    evaluate = train.make_evaluation(model, NextToken(), tokenizer, sources, config, Context(torch.device("cpu")))
+    evaluate = make_evaluation(model, NextToken(), tokenizer, sources, config, Context(torch.device("cpu")))
     asked = []
     assert "val_loss/blue" in evaluate(lambda: asked.append(True))
     n_batches, asked = len(asked), []

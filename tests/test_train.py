@@ -20,10 +20,11 @@ from small import write_small
 import minillm
 import train
 from minillm import checkpoint, cli
-from minillm.config import Layer
+from minillm.config import Layer, build
 from minillm.data.prompts import beginnings
 from minillm.log import read_metrics, run_command
-from minillm.recipe import fitting, other_shape, read_layers
+from minillm.model.config import ModelSection
+from minillm.recipe import fitting, other_shape, read_layers, wiring
 from minillm.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -255,7 +256,7 @@ def test_a_summary_that_a_kill_prevented_is_written_when_the_run_is_resumed(work
 
 def chosen_for(*words):
     given = read_layers(train.Config, list(words))
-    return train.build(train.Config, [*fitting(train.Config, given, train.QUICKSTART), *given])
+    return build(train.Config, [*fitting(train.Config, given, train.QUICKSTART), *given])
 
 
 @pytest.mark.parametrize("seq_len", [100, 2_048])
@@ -285,7 +286,7 @@ def test_a_given_shape_gets_a_learning_rate_for_its_width_and_nothing_of_another
     config = chosen_for(*words)
     assert (config.optim.lr, config.optim.muon_lr) == (1e-3, None)
     assert config.model.preset == (words[1] if "preset" in words[0] else None)
-    assert config.model.n_layers == (12 if config.model.preset else train.ModelSection.n_layers)
+    assert config.model.n_layers == (12 if config.model.preset else ModelSection.n_layers)
     assert config.model.tie_embeddings
 
 
@@ -420,7 +421,7 @@ def test_a_run_uses_the_tokens_that_prepare_left(workplace, capsys):
 
 
 def test_help_explains_every_field_and_builds_no_model(capsys, monkeypatch):
-    monkeypatch.setattr(train, "Transformer", None)
+    monkeypatch.setattr(wiring, "Transformer", None)
     assert run_command(train.main, ["--help"]) == 0
     text = capsys.readouterr().out
     for section in dataclasses.fields(train.Config):

@@ -12,6 +12,7 @@ from small import write_small
 import minillm
 import train
 from minillm.log import read_metrics, rows
+from minillm.recipe import wiring
 
 PEAK = 1e6  # FLOP/s of each device: so few that each digit of MFU counts
 
@@ -21,7 +22,7 @@ def train_by_ticks(directory, words):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         patch.setattr(rows, "time", SimpleNamespace(perf_counter=partial(next, itertools.count())))
-        patch.setattr(train, "peak_flops", lambda *_: PEAK)
+        patch.setattr(wiring, "peak_flops", lambda *_: PEAK)
         return train.main(["small.toml", "--run.device", "cpu", "--model.dropout", "0", *words])
 
 

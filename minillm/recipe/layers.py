@@ -3,30 +3,44 @@ what suits the text.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from minillm import checkpoint
 from minillm.config import ConfigError, Layer, arguments, build, convert, fields_of, file_layer, lookup, nearest
-from minillm.data.corpus import corpus_bytes
-from minillm.distributed.context import Context, beside_training
-from minillm.distributed.launch import began, check_same, check_shared, note_begun
+from minillm.distributed.context import ranks_started
+from minillm.distributed.launch import began
 from minillm.load import describe, find_checkpoint, tokenizer_home
 from minillm.log import LOGGER
-from minillm.model.config import ModelConfig, ModelSection
+from minillm.model.config import ModelConfig
 from minillm.model.presets import PRESETS, preset_fields
-from minillm.plan import optimizer_for, recommend
-from minillm.run import RunConfig, RunDirectory, open_run
+from minillm.run import RunConfig
 from minillm.strategy import layouts, ranks_here
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
+C = TypeVar("C")
 # What may differ from the model that training starts from: no weight depends on it.
 MAY_DIFFER = ("max_seq_len", "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "dropout")
 NUMBERS_OF_RANKS = ("parallel.dp_replicate", "parallel.dp_shard", "parallel.tp")
 LIMITS = ("train.max_steps", "train.max_tokens", "train.max_epochs")
+
+
+def read_config(config_class: type[C], argv: Sequence[str], choose: Callable[[list[Layer]], list[Layer]]) -> C:
+    """The configuration of a script; every mistake in it is reported before anything is touched.
+
+    `choose(given)`: the layers of what the user left open, below what they gave. A run that is continued has all that
+    from before.
+    """
+    given = read_layers(config_class, argv)
+    home = earlier_run(given)
+    given = [*source_layer(given, resumed=home), *given]
+    below = earlier(config_class, home, given, ranks_started()) if home else choose(given)
+    config = build(config_class, [*below, *given])
+    if not home:
+        said = (f"{name} {value}" for name, value in below[-1].values.items() if lookup(given, name) is None)
+        LOGGER.info("chosen for the corpus: %s", ", ".join(said) or "nothing, all is given")
+    return config
 
 
 def read_layers(config_class: type, argv: Sequence[str]) -> list[Layer]:
@@ -167,100 +181,6 @@ def fitting_ranks(config_class: type, inherited: Layer, given: list[Layer], worl
             LOGGER.info("there are now %d ranks, so not taken over from %s: %s", world_size, inherited.origin, said)
         return left
     return inherited
-
-
-@contextmanager
-def run_of_all(config: RunConfig, dist: Context, values: Mapping[str, Any]) -> Iterator[RunDirectory]:
-    """The run's directory, which rank 0 holds for all of them while the block runs; errors as those of `open_run`.
-
-    `values`: of the whole configuration, by dotted name. Raises ValueError also where a rank has read others, and where
-    another machine does not see the directory.
-    """
-    check_same(dist, values)
-    with ExitStack() as stack:
-        with dist.main_first("opening the run"):
-            run = stack.enter_context(open_run(config)) if dist.is_main else RunDirectory(config.dir)
-        check_shared(dist, run.path, "run.dir")
-        if dist.is_main:
-            note_begun(run.path)
-        yield run
-
-
-def starting_point(config: RunConfig, run: RunDirectory, dist: Context = checkpoint.ALONE) -> Path | None:
-    """The checkpoint to continue from, the same on all ranks and proved by them; None to start afresh.
-
-    Raises ValueError where there are some, but none whole.
-    """
-    if config.resume == "never":
-        return None
-    path = run.path if config.resume == "auto" else Path(config.resume)
-    series = path / "checkpoints"
-    found = checkpoint.candidates(series, dist)
-    if not found and config.resume == "auto":
-        return None
-    dist.at("proving the checkpoint", checkpoint.PATIENCE)
-    patient = beside_training(dist, checkpoint.PATIENCE)
-    if not found:
-        path = find_checkpoint(path)
-        checkpoint.verify(path, dist=patient)
-        return path
-    newest = checkpoint.latest(series, dist=patient)
-    if newest is None:
-        raise ValueError(
-            f"{series}: none of its checkpoints is whole ({', '.join(one.name for one in found)}); "
-            "bring back a copy, or move the directory away to start afresh"
-        )
-    return newest
-
-
-# --- a configuration that fits the corpus -----------------------------------------------------------------------------
-
-
-def fitting(config_class: type, given: list[Layer], without_text: Path) -> list[Layer]:
-    """Layers that suit the text: what fits its size, and those of the file `without_text` where no path is given."""
-    if is_none(lookup(given, "data.path")):
-        chosen = dict(file_layer(without_text).values)
-    else:
-        chosen = recommend(bytes_of_text(config_class, given))
-    chosen = Layer("chosen for the corpus", without_limits(suited(chosen, given), given))
-    return [*preset_layer([chosen]), chosen]
-
-
-def suited(chosen: dict[str, Any], given: list[Layer]) -> dict[str, Any]:
-    """The chosen values, but for those that something given makes wrong, and with those that follow from it."""
-    said = {name for layer in given for name in layer.values}
-    if "model.dim" in said:  # a shape of the user's own, or a preset they named: it needs another learning rate
-        dim = as_count(lookup(given, "model.dim")) or ModelSection.dim
-        chosen = {name: chosen[name] for name in chosen if not name.startswith(("model.", "optim."))}
-        chosen |= optimizer_for(dim)
-    if lookup(given, "optim.name", "muon") != "muon" and "optim.muon_lr" in chosen:
-        chosen["optim.lr"] = chosen.pop("optim.muon_lr")
-    if "optim.lr" in said:
-        chosen.pop("optim.muon_lr", None)
-    if {"tokenizer.kind", "tokenizer.path"} & said:
-        chosen.pop("tokenizer.vocab_size", None)
-    limit = as_count(lookup(given, "model.max_seq_len")) or math.inf
-    seq_len = as_count(lookup(given, "data.seq_len")) or min(chosen["data.seq_len"], max(2, limit))
-    rows = max(1, round(chosen["train.batch_tokens"] / seq_len))
-    return chosen | {"data.seq_len": seq_len, "model.max_seq_len": seq_len, "train.batch_tokens": rows * seq_len}
-
-
-def as_count(value: Any) -> int | None:
-    """The whole number that a value not checked yet stands for; None where it is none, which is reported later."""
-    try:
-        return max(1, convert(value, int))
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def bytes_of_text(config_class: type, given: list[Layer]) -> int:
-    """Bytes of text under data.path; 0 where that is not to be had, which is reported when it is read."""
-    names = ("data.path", "data.cache_dir", "data.sources", "data.weights", "data.temperature")
-    try:
-        only = Layer("", {name: lookup(given, name) for name in names if lookup(given, name) is not None})
-        return corpus_bytes(build(config_class, [only]).data)
-    except ValueError:
-        return 0
 
 
 def without_limits(values: dict[str, Any], given: list[Layer]) -> dict[str, Any]:
