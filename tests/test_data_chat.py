@@ -8,7 +8,7 @@ from published_templates import PUBLISHED
 
 from minillm.data.chat import find_template, prompt, render, render_all, stop_ids
 from minillm.data.chat_templates import TEMPLATES, Message
-from minillm.data.jinja import choose_template, jinja, recognise
+from minillm.data.jinja import choose_template, exported, jinja, recognise
 from minillm.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -90,11 +90,11 @@ def dicts(messages):
 
 
 def theirs_of(theirs, messages, name, text, **options):
-    theirs.chat_template = text
+    theirs.chat_template, before = text, theirs.bos_token
     if name == "llama-3":  # its text says bos_token, which is this one
         theirs.bos_token = "<|begin_of_text|>"
     found = theirs.apply_chat_template(dicts(messages), tokenize=True, return_dict=False, **options)
-    theirs.bos_token = "<s>"
+    theirs.bos_token = before
     return found
 
 
@@ -218,6 +218,35 @@ def test_real_conversations_have_the_ids_that_transformers_gives(real_data):
             dicts(conversations[0][:1]), tokenize=True, return_dict=False, add_generation_prompt=True
         )
         assert prompt(TEMPLATES[name], ours, conversations[0][:1]) == expected
+
+
+def test_a_tokenizer_whose_template_is_not_known_is_exported_with_the_one_that_was_taught(real_data, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    ours = load_tokenizer(real_data / "hf_tokenizer")
+    chat = exported("qwen", ours)
+    for name, content in hugging_face_files(ours, chat_template=chat.jinja).items():
+        (tmp_path / name).write_text(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [SYSTEM, *HI, *HI]
+    assert theirs_of(theirs, messages, "", theirs.chat_template) == render(TEMPLATES["qwen"], ours, messages)[0]
+    assert chat.stop_ids == (theirs.eos_token_id,)
+    assert recognise(theirs.chat_template, load_tokenizer(tmp_path)) == "qwen"
+    came = HFTokenizer(ours.description, ours.config | {"chat_template": PUBLISHED["qwen"]})
+    assert exported("qwen", came).jinja == PUBLISHED["qwen"]
+
+
+def test_an_answer_that_begins_with_white_space_begins_with_a_token_of_its_own(real_data):
+    """There transformers has one token for the end of the prompt and the beginning of the answer."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    ours = load_tokenizer(real_data / "hf_tokenizer")
+    theirs = transformers.AutoTokenizer.from_pretrained(real_data / "hf_tokenizer")
+    messages = [HI[0], Message("assistant", "  home")]
+    tokens, trained = render(TEMPLATES["chatml"], ours, messages)
+    expected = theirs_of(theirs, messages, "", PUBLISHED["chatml"])
+    assert tokens != expected
+    assert ours.decode(tokens, skip_special=False) == ours.decode(expected, skip_special=False)
+    asked = theirs_of(theirs, messages[:1], "", PUBLISHED["chatml"], add_generation_prompt=True)
+    assert expected[: len(asked)] != asked == tokens[: trained.index(True)]
 
 
 # --- which template ---------------------------------------------------------------------------------------------------

@@ -61,11 +61,15 @@ class Rendered(NamedTuple):
     tokens: np.ndarray
     answers: list[tuple[int, int]]
 
+    def learned(self, train_on: TrainOn) -> list[tuple[int, int]]:
+        """The answers that are learned."""
+        return self.answers[-1:] if train_on == "last" else self.answers
+
     def trained(self, train_on: TrainOn = "assistant") -> np.ndarray:
         """(tokens,) bool: which tokens are learned; of `all` only the first, which follows nothing, is not."""
         trained = np.full(len(self.tokens), train_on == "all")
         trained[:1] = False
-        for start, stop in self.answers[-1:] if train_on == "last" else self.answers:
+        for start, stop in self.learned(train_on):
             trained[start:stop] = True
         return trained
 

@@ -58,31 +58,28 @@ def encode_conversations(
     spoken = iter(render_all(template, tokenizer, [one.messages for one in conversations if one.messages]))
     rendered = [next(spoken) if one.messages else plain_text(one.text, tokenizer) for one in conversations]
     ends = set(stop_ids(template, tokenizer)) | {tokenizer.eos_id}
-    counts: Counter = Counter()
-    documents = []
-    for number, (whole, conversation) in enumerate(zip(rendered, conversations)):
-        limit = seq_len + 1 if conversation.messages else len(whole.tokens)  # a row reads one token more; text is cut
-        fitting = shortened(whole, limit, train_on, long)
-        counts["tokens"] += len(whole.tokens)
-        if fitting is None:
-            counts["dropped"] += 1
-            counts["truncated"] += len(whole.tokens)
+    counts: Counter[str] = Counter()
+    numbers, tokens, trained = [], [], []
+    for number, (conversation, whole) in enumerate(zip(conversations, rendered)):
+        # A row reads one token more than it has places. Plain text may go on in another row.
+        limit = seq_len + 1 if conversation.messages else len(whole.tokens)
+        kept = shortened(whole, limit, train_on, long)
+        counts.update(tokens=len(whole.tokens))
+        if kept is None:
+            counts.update(dropped=1, truncated=len(whole.tokens))
             continue
-        trained = fitting.trained(train_on)
-        if fitting.answers != whole.answers:
-            counts["cut"] += 1
-            counts["truncated"] += len(whole.tokens) - len(fitting.tokens)
-        counts["stored"] += len(fitting.tokens)
-        counts["trained"] += int(trained.sum())
-        counts["answers"] += len(learned := fitting.answers[-1:] if train_on == "last" else fitting.answers)
-        counts["ended"] += sum(bool(trained[stop - 1]) and int(fitting.tokens[stop - 1]) in ends for _, stop in learned)
-        documents.append((number, fitting.tokens, trained))
-    numbers, tokens, trained = zip(*documents) if documents else ((), (np.empty(0, int),), (np.empty(0, bool),))
-    lengths = [len(one) for one in tokens] if documents else []
+        if kept.answers != whole.answers:
+            counts.update(cut=1, truncated=len(whole.tokens) - len(kept.tokens))
+        numbers.append(number)
+        tokens.append(kept.tokens)
+        trained.append(kept.trained(train_on))
+        last = [stop - 1 for _, stop in kept.learned(train_on)]
+        ended = sum(bool(trained[-1][at]) and int(kept.tokens[at]) in ends for at in last)
+        counts.update(stored=len(kept.tokens), trained=int(trained[-1].sum()), answers=len(last), ended=ended)
     return Masked(
-        np.concatenate(tokens),
-        np.concatenate(trained).astype(np.uint8),
-        np.array(lengths, dtype=np.int64),
+        np.concatenate([np.empty(0, np.int64), *tokens]),
+        np.concatenate([np.empty(0, np.uint8), *trained]),
+        np.array(list(map(len, tokens)), dtype=np.int64),
         np.array(numbers, dtype=np.int64),
         dict(counts),
     )
