@@ -74,9 +74,11 @@ def open_stored(
     tensors = checkpoint.describe(manifest, skip=checkpoint.OPTIM)
     fill, blocks = partial(checkpoint.fill, folder, manifest), checkpoint.block_reader(folder, manifest)
     stored = Stored(config, tokenizer, tensors, fill, blocks)
-    if state.get("base_path"):
+    adapts = bool(state.get("base_path"))
+    if adapts:
         stored = on_base(stored, state, open_base(folder, state, base))
-    own = {name: p for name, p in on_meta(stored).named_parameters() if p.requires_grad or name in tensors}
+    parameters = dict(on_meta(stored).named_parameters())
+    own = {name: p for name, p in parameters.items() if not adapts or p.requires_grad or name in tensors}
     checkpoint.match_tensors(folder, manifest, own, skip=checkpoint.OPTIM)
     return stored
 

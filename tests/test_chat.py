@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -14,12 +15,10 @@ import torch
 
 from minillm import cli
 from minillm.cli.chat import COMMANDS, Session, obey
-from minillm.cli.conversation import Rendered, continuation, conversing, fitting, read_conversation, template_for
-from minillm.data.chat import prompt
-from minillm.data.chat_templates import TEMPLATES, Message
+from minillm.cli.conversation import Message, Rendered, continuation, fitting, read_conversation
 from minillm.generate.engine import generate
 from minillm.generate.params import SamplingParams
-from minillm.load import save, taught_template
+from minillm.load import save
 from minillm.log import run_command
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -28,6 +27,7 @@ from minillm.tokenizer import ByteTokenizer
 TOKENIZER = ByteTokenizer()
 A, B = Message("user", "one red hen"), Message("assistant", " sat down.")
 SYSTEM = Message("system", "A story.")
+CTRL_C = b"\x03"
 
 
 def make_model(max_seq_len=64):
@@ -130,64 +130,6 @@ def test_a_template_decides_what_is_read_and_where_an_answer_stops():
     assert "".join(session.answer("?")) == generate(session.model, TOKENIZER, always, with_stop).text
 
 
-# --- a model that was taught a template -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def taught(tmp_path):
-    """A folder of a model that was taught chatml, as far as its config says."""
-    save(make_model(), TOKENIZER, tmp_path / "taught", template="chatml")
-    return tmp_path / "taught"
-
-
-def test_a_taught_model_is_given_its_template_and_ends_where_that_ends(taught):
-    template = template_for(taught, "auto", TOKENIZER)
-    rendered = conversing(template)(TOKENIZER, [SYSTEM, A, B, A])
-    assert rendered.tokens == prompt(TEMPLATES["chatml"], TOKENIZER, [SYSTEM, A, B, A])
-    assert rendered.stop_token_ids == (TOKENIZER.special_tokens["<|im_end|>"],)
-    session = make_session(max_new_tokens=5)
-    session.template = conversing(template)
-    answer = "".join(session.answer(A.content))
-    asked = prompt(TEMPLATES["chatml"], TOKENIZER, [A])
-    assert answer == generate(session.model, TOKENIZER, asked, session.params).text
-
-
-def test_generate_answers_with_the_template_and_continues_without(taught, capsys):
-    options = ["--prompt", "hen", "--max_new_tokens", "6", "--temperature", "0"]
-    said = {}
-    for wanted in ("auto", "chatml", "none"):
-        assert run_command(cli.dispatch, ["generate", str(taught), *options, "--template", wanted]) == 0
-        said[wanted] = capsys.readouterr().out
-    model, params = make_model(), SamplingParams(max_new_tokens=6, temperature=0)
-    asked = prompt(TEMPLATES["chatml"], TOKENIZER, [Message("user", "hen")])
-    assert said["auto"] == said["chatml"] == generate(model, TOKENIZER, asked, params).text + "\n"
-    assert said["none"] == "hen" + generate(model, TOKENIZER, "hen", params).text + "\n"
-
-
-def test_another_template_than_the_model_was_taught_is_refused(taught, tmp_path, capsys):
-    assert run_command(cli.dispatch, ["generate", str(taught), "--template", "plain"]) == 1
-    assert "plain is given, but the model was taught chatml; leave it out" in capsys.readouterr().err
-    save(make_model(), TOKENIZER, tmp_path / "base")
-    assert template_for(tmp_path / "base", "auto", TOKENIZER) is None
-    assert template_for(tmp_path / "base", "plain", TOKENIZER).name == "plain"
-
-
-def test_an_exported_model_takes_its_template_along(taught, tmp_path):
-    """Into a folder of ours, and into one of Hugging Face's, from which it is recognised again."""
-    assert run_command(cli.dispatch, ["export", str(taught), str(tmp_path / "ours")]) == 0
-    assert run_command(cli.dispatch, ["export", str(taught), str(tmp_path / "theirs"), "--format", "hf"]) == 0
-    assert run_command(cli.dispatch, ["import", str(tmp_path / "theirs"), str(tmp_path / "again")]) == 0
-    names = {folder: taught_template(tmp_path / folder) for folder in ("ours", "theirs", "again")}
-    assert names == dict.fromkeys(names, "chatml")
-    ends = json.loads((tmp_path / "theirs" / "generation_config.json").read_text())["eos_token_id"]
-    assert ends == [TOKENIZER.special_tokens["<|im_end|>"], TOKENIZER.eos_id]
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
-    said = [message._asdict() for message in (SYSTEM, A, B, A)]
-    expected = prompt(TEMPLATES["chatml"], TOKENIZER, [SYSTEM, A, B, A])
-    assert theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False) == expected
-
-
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -254,10 +196,7 @@ def test_a_file_that_is_no_conversation_is_neither_read_nor_overwritten(tmp_path
     for content, message in [
         ("notes", "not valid JSON"),
         ("{}", "no conversation"),
-        (
-            json.dumps({"messages": [user, {"role": "robot", "content": ""}]}),
-            "message 1: role system, user, assistant, tool",
-        ),
+        (json.dumps({"messages": [user, {"role": "robot", "content": ""}]}), "message 1: role system, user"),
         (json.dumps({"messages": [user, {"role": "system", "content": ""}]}), "message 1: system after user"),
     ]:
         file = tmp_path / "notes.json"
@@ -299,10 +238,9 @@ def test_lines_are_answered_until_the_input_ends(tmp_path):
 ANYWAY = "; a space before the slash makes it a message"
 
 
-def test_a_path_that_is_no_model_fails_in_one_line(tmp_path, capsys):
-    assert run_command(cli.dispatch, ["chat", str(tmp_path)]) == 1
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
+def test_a_path_that_is_no_model_fails_in_one_line(tmp_path):
+    done = subprocess.run(command(tmp_path), input="", capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
 
 
 def test_options_that_choose_among_answers_are_refused(capsys):
@@ -315,26 +253,31 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_chat(tmp_path):
     words = command(tmp_path / "saved", "--temperature", 0, "--max_new_tokens", 90_000)
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background of a shell
         os.execv(words[0], words)
 
     said = ""
 
-    def wait_for(pattern, seconds=600):
+    def press(keys, pattern):
+        """Writes keys and reads until the pattern comes; keys that come between two looks at the terminal, again."""
         nonlocal said
-        end = time.monotonic() + seconds
+        os.write(terminal, keys)
+        end = time.monotonic() + 60
         while not (found := re.search(pattern, said)):
-            assert select.select([terminal], [], [], max(0, end - time.monotonic()))[0], f"{pattern} in {said!r}"
-            said += os.read(terminal, 4096).decode()
+            assert time.monotonic() < end, f"{pattern} in {said[-200:]!r}"
+            if select.select([terminal], [], [], 2)[0]:
+                said += os.read(terminal, 4096).decode()
+            elif keys == CTRL_C:
+                os.write(terminal, keys)
         said = said[found.end() :]
 
-    wait_for("> ")
-    os.write(terminal, b"red hen\n")
-    wait_for("[a-h]{20}")  # it has begun, long before its end
-    os.write(terminal, b"\x03")
-    wait_for("stopped(?s:.)*> ")
-    os.write(terminal, b"\x03")
-    wait_for("Ctrl-D or /exit ends the chat(?s:.)*> ")
-    os.write(terminal, b"/undo\n")
-    wait_for("taken back: red hen(?s:.)*> ")
-    os.write(terminal, b"\x04")
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    try:
+        press(b"", "> ")
+        press(b"red hen\n", "[a-h]{20}")  # it has begun, long before its end
+        press(CTRL_C, "stopped(?s:.)*> ")
+        press(CTRL_C, "Ctrl-D or /exit ends the chat(?s:.)*> ")
+        press(b"/undo\n", "taken back: red hen(?s:.)*> ")
+        os.write(terminal, b"\x04")
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    finally:
+        os.close(terminal)  # which hangs up on a chat that is still there

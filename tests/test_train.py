@@ -662,7 +662,7 @@ def test_what_no_weight_depends_on_may_change(source):
         (["--model.norm", "layernorm"], "model.norm: layernorm is given, but runs/small has rmsnorm; leave it out"),
         (["--tokenizer.kind", "char"], "tokenizer.kind: char is given, but runs/small has a tokenizer of kind byte"),
         (["--tokenizer.path", "tok"], "tokenizer.path: tok is another tokenizer than that of runs/small; leave it out"),
-        (["--model.path", "nowhere"], "model.path: nowhere: does not exist (expected a run"),
+        (["--model.path", "nowhere"], "model.path: nowhere: does not exist here"),
         (["--run.dir", "runs/small"], "model.path: runs/small is in the directory of this very run"),
         (["--run.dir", "runs/small", "--run.resume", "auto"], "choose another run.dir to start from it, or continue"),
     ],
