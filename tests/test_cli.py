@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from minillm import cli
+from minillm import SamplingParams, cli, generate
 from minillm.load import load
 from minillm.log import run_command
 from minillm.quantize import is_quantized
@@ -232,10 +232,35 @@ def test_generation_continues_the_prompt_and_repeats_under_a_seed(run_dir, capsy
         (["--max_new_tokens", 500], "48"),
         (["--prompt", "a cat " * 100], "48"),
         (["--step", 77], "77"),
+        (["--logprobs", 2], "give --json with them"),
     ],
 )
 def test_impossible_generation_is_refused_before_any_text(run_dir, capsys, words, message):
-    assert message in failure(capsys, "generate", run_dir, *words)
+    capsys.readouterr()
+    assert minillm("generate", run_dir, *words) == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"n": 3, "seed": 3}, {"best_of": 3, "seed": 3}, {"use_beam_search": True, "num_beams": 3, "n": 2}],
+    ids=["samples", "best", "beams"],
+)
+def test_several_completions_are_made_where_they_are_asked_for(run_dir, capsys, fields):
+    given = {"max_new_tokens": 8, **fields}
+    words = ["--prompt", "the cat", *(word for name, value in given.items() for word in (f"--{name}", value))]
+    expected = generate(*load(run_dir), "the cat", SamplingParams(logprobs=2, **given))
+    expected = expected if "n" in fields else [expected]
+    capsys.readouterr()
+    assert minillm("generate", run_dir, *words) == 0
+    assert capsys.readouterr().out == "".join(f"the cat{one.text}\n" for one in expected)
+    assert minillm("generate", run_dir, *words, "--json", "--logprobs", 2) == 0
+    for row, one in zip(map(json.loads, capsys.readouterr().out.splitlines()), expected, strict=True):
+        assert [row["text"], row["tokens"], row["finish_reason"]] == [one.text, one.tokens, one.finish_reason]
+        assert row["cumulative_logprob"] == one.cumulative_logprob
+        assert [len(token["alternatives"]) for token in row["logprobs"]] == [2] * len(one.tokens)
 
 
 def test_an_exported_model_is_that_of_the_run(run_dir, workplace, capsys):

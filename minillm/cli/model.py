@@ -1,6 +1,7 @@
 """`minillm generate | import | export | merge`: what is done with a trained model."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,10 +12,11 @@ from minillm.config import Layer
 from minillm.data.chat_templates import Message
 from minillm.distributed.device import find_device
 from minillm.files import free_directory
-from minillm.generate.engine import stream
+from minillm.generate.engine import generate, stream
 from minillm.generate.params import SAMPLING_ONLY, SamplingParams
+from minillm.generate.request import Completion, make_request
 from minillm.hf import find_folder, is_hugging_face
-from minillm.load import default_params, export, export_hugging_face, find_checkpoint, load
+from minillm.load import default_params, describe, export, export_hugging_face, find_checkpoint, load
 from minillm.merge import merge
 from minillm.trainer.config import DTYPES
 
@@ -30,6 +32,12 @@ class Generate(SamplingParams):
     template: Annotated[str, "how it is given the prompt; auto: as it was taught, none: as text to continue"] = "auto"
     step: Annotated[int | None, "checkpoint of a run; none: the newest", ">= 0"] = None
     device: Annotated[str, "auto | cpu | cuda | mps | ..."] = "auto"
+    json: Annotated[bool, "print a JSON object for each completion: text, tokens, log-probabilities"] = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.json and (self.logprobs is not None or self.prompt_logprobs is not None):
+            raise ValueError("logprobs, prompt_logprobs: a text has no place for them; give --json with them")
 
 
 @dataclass(frozen=True)
@@ -74,21 +82,35 @@ def params_of_folder(options: Any) -> Layer:
 
 
 def generate_text(options: Generate) -> None:
-    """Continue a prompt, or answer it, a piece at a time."""
+    """Continue a prompt, or answer it: one completion a piece at a time, or several, one below the other."""
     folder = find_checkpoint(Path(options.path), options.step)
-    model, tokenizer = load(folder, device=find_device(options.device))
+    config, tokenizer = describe(folder)
     if tokenizer is None:
         raise ValueError(f"{options.path}: there is no tokenizer beside the model, so it cannot read or write text")
     params = SamplingParams(**{name: getattr(options, name) for name in PARAMETERS})
     prompt: str | list[int] = options.prompt
+    before = options.prompt  # what a completion is printed after; an answer stands alone
     if template := template_for(folder, options.template, tokenizer):
         prompt, stops = conversing(template)(tokenizer, [Message("user", options.prompt)])
         params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *stops))
-    else:
-        print(prompt, end="", flush=True)
-    for piece in stream(model, tokenizer, prompt, params):
-        print(piece, end="", flush=True)
-    print()
+        before = ""
+    request = make_request(config, tokenizer, prompt, params)  # a mistake is said before the weights are read
+    model, tokenizer = load(folder, device=find_device(options.device))
+    if not options.json and request.n_samples == 1 and not params.use_beam_search:
+        print(before, end="", flush=True)
+        for piece in stream(model, tokenizer, prompt, params):
+            print(piece, end="", flush=True)
+        print()
+        return
+    found = generate(model, tokenizer, prompt, params)
+    for completion in found if params.n > 1 else [found]:
+        print(as_json(options.prompt, completion) if options.json else before + completion.text)
+
+
+def as_json(prompt: str, completion: Completion) -> str:
+    """A completion on one line."""
+    told = {"prompt": prompt, **dataclasses.asdict(completion), "cumulative_logprob": completion.cumulative_logprob}
+    return json.dumps(told, ensure_ascii=False)
 
 
 def export_model(options: Export) -> None:
