@@ -229,7 +229,7 @@ def chat(options: Chat) -> None:
                 say(obey(session, line))
             elif line.strip():
                 show_answer(session, line)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a file that cannot be written costs no conversation
             say(str(error))
 
 
