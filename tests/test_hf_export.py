@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from minillm.cli import dispatch
 from minillm.hf.config import choose_family
-from minillm.load import check_same_logits, export, export_hugging_face, load, open_stored, save
+from minillm.load import check_same_logits, default_params, export, export_hugging_face, load, open_stored, save
 from minillm.model.config import ModelConfig
 from minillm.model.presets import PRESETS
 from minillm.model.transformer import Transformer
@@ -192,6 +192,17 @@ def test_what_a_folder_says_of_generation_goes_with_it(tmp_path):
     export(tmp_path / "theirs", tmp_path / "ours")
     export_hugging_face(tmp_path / "ours", tmp_path / "back")
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "back").temperature == 0.625
+
+
+def test_the_tokens_that_end_go_along_where_config_json_alone_names_them(tmp_path):
+    make("llama").save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "generation_config.json").unlink()
+    file = tmp_path / "theirs" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [5, 7]}))
+    export(tmp_path / "theirs", tmp_path / "ours")
+    assert default_params(tmp_path / "ours").stop_token_ids == (5, 7)
+    export_hugging_face(tmp_path / "ours", tmp_path / "back")
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "back").eos_token_id == [5, 7]
 
 
 def test_other_logits_are_noticed(tmp_path):

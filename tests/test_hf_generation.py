@@ -57,6 +57,16 @@ def test_what_is_said_becomes_the_fields_of_the_same_meaning(folder, caplog):
     assert "generation_config.json: not followed: num_beams, typical_p" in caplog.text
 
 
+def test_what_transformers_writes_by_default_is_no_reason_to_warn(tmp_path, caplog):
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=16, **shape))
+    model.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, "minillm"):
+        assert default_params(tmp_path).stop_token_ids == (2,)
+    assert caplog.text == ""
+
+
 def test_without_the_file_the_ends_are_those_of_config_json(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": [7, 8]}))
     assert read_generation_config(tmp_path) == {"stop_token_ids": (7, 8)}

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from minillm.checkpoint.shard import byte_view, write_blocks
 from minillm.data.jinja import Exported
-from minillm.hf.config import choose_family
+from minillm.files import read_json
+from minillm.hf.config import choose_family, is_hugging_face
 from minillm.hf.generation import GENERATION
 from minillm.hf.weights import INDEX, ONE_FILE, lay_out
 from minillm.model.config import ModelConfig
@@ -30,6 +31,7 @@ from minillm.tokenizer import Tokenizer
 from minillm.tokenizer.to_hf import hugging_face_files
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -66,7 +68,7 @@ def write(
             found = iter([torch.cat(list(found)).T])
         return (byte_view(block.to(dtype).contiguous()) for block in found)
 
-    marks = {f"{mark}_token_id": getattr(tokenizer, f"{mark}_id", None) for mark in ("bos", "eos", "pad")}
+    marks = {name: getattr(tokenizer, name.replace("_token", ""), None) for name in MARKS}
     dtype = str(theirs[family.modules["embed"] + ".weight"][0]).removeprefix("torch.")
     write_json(folder / "config.json", values | marks | {"torch_dtype": dtype})
     ends = list(dict.fromkeys([*chat.stop_ids, marks["eos_token_id"]])) if chat else marks["eos_token_id"]
@@ -82,6 +84,10 @@ def copy_generation_config(source: Path, folder: Path) -> None:
     """What a folder says about drawing texts from its model goes with it, also by way of a folder of ours."""
     if (source / GENERATION).exists():
         shutil.copyfile(source / GENERATION, folder / GENERATION)
+    elif is_hugging_face(source):  # then they stand in config.json, of which a folder of ours keeps the shape alone
+        given = {name: value for name, value in read_json(source / "config.json").items() if name in MARKS}
+        if given.get("eos_token_id") is not None:
+            write_json(folder / GENERATION, given)
 
 
 def first_rows(blocks: Iterator[Tensor], rows: int) -> Iterator[Tensor]:

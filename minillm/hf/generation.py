@@ -12,8 +12,12 @@ logger = logging.getLogger("minillm")
 GENERATION = "generation_config.json"
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # these, and the next, are called the same here
 FOLLOWED = (*SAMPLING, "repetition_penalty", "do_sample", "eos_token_id")
-# What comes from elsewhere here (the tokenizer, the prompt and the context), or says where the file is from.
-WITHOUT_EFFECT = ("bos_token_id", "pad_token_id", "max_length", "max_new_tokens", "transformers_version")
+# What comes from elsewhere here (the tokenizer, the prompt and the context), what transformers returns or keeps beside
+# the text, or says where the file is from.
+WITHOUT_EFFECT = (
+    *("bos_token_id", "pad_token_id", "max_length", "max_new_tokens", "transformers_version"),
+    *("use_cache", "output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"),
+)
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
