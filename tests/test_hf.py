@@ -10,6 +10,8 @@ import torch
 from families import CASES, edit_config, make
 from safetensors.torch import load_file, save_file
 
+from minillm.generate.engine import generate
+from minillm.generate.params import SamplingParams
 from minillm.load import load, load_weights
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -56,17 +58,20 @@ def test_logits_are_those_of_transformers(case, tmp_path):
 
 
 @torch.no_grad()
-def test_greedy_text_in_double_precision_is_that_of_transformers(case, tmp_path):
+def test_greedy_text_and_beam_search_in_double_precision_are_those_of_transformers(case, tmp_path):
     theirs = make(case).double()
     theirs.save_pretrained(tmp_path)
     ours, _ = load(tmp_path)
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.float64}
-    prompt = TOKENS[:1, :9]
-    expected = theirs.generate(prompt, do_sample=False, max_new_tokens=16)
-    tokens = prompt
-    while tokens.shape[1] < expected.shape[1]:
-        tokens = torch.cat([tokens, ours(tokens)[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(tokens, expected)
+    prompts = [TOKENS[0, :3].tolist(), TOKENS[1, :26].tolist()]  # together here, one at a time there
+    for params, num_beams in [
+        (SamplingParams(temperature=0, max_new_tokens=16), 1),
+        (SamplingParams(use_beam_search=True, num_beams=4, max_new_tokens=16), 4),
+    ]:
+        for prompt, found in zip(prompts, generate(ours, None, prompts, params)):
+            tokens = torch.tensor([prompt])
+            expected = theirs.generate(tokens, do_sample=False, max_new_tokens=16, num_beams=num_beams)
+            assert found.tokens == expected[0, len(prompt) :].tolist()
 
 
 def as_transformers_4(folder: Path) -> Path:
