@@ -1,0 +1,37 @@
+"""A model and its tokenizer, from a run, a checkpoint, a saved folder or one of Hugging Face's; and saved to one."""
+
+from minillm.load.find import (
+    default_params,
+    describe,
+    find_checkpoint,
+    taught_template,
+    tokenizer_home,
+    trained_seq_len,
+    weight_hashes,
+    weights_hash,
+)
+from minillm.load.save import check_same, check_same_logits, export, export_hugging_face, new_home, save, some_tokens
+from minillm.load.stored import in_memory, load, load_base, load_weights, open_stored
+
+__all__ = [
+    "check_same",
+    "check_same_logits",
+    "default_params",
+    "describe",
+    "export",
+    "export_hugging_face",
+    "find_checkpoint",
+    "in_memory",
+    "load",
+    "load_base",
+    "load_weights",
+    "new_home",
+    "open_stored",
+    "save",
+    "some_tokens",
+    "taught_template",
+    "tokenizer_home",
+    "trained_seq_len",
+    "weight_hashes",
+    "weights_hash",
+]
