@@ -1,5 +1,6 @@
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -227,6 +228,20 @@ def test_one_bad_prompt_in_a_list():
 def test_tokens_that_are_none():
     refused("token 272 is outside the vocabulary of 272", [1, 272])
     refused("token -1 is outside", [-1])
+
+
+def test_tokens_of_numpy_and_torch_are_tokens():
+    model, params = make_model(), SamplingParams(temperature=0, max_new_tokens=4)
+    expected = generate(model, None, [5, 6, 7], params)
+    for tokens in (np.array([5, 6, 7]), torch.tensor([5, 6, 7])):
+        assert generate(model, None, tokens, params) == expected
+        assert generate(model, None, tokens[None], params) == [expected]
+
+
+def test_prompts_that_are_neither_text_nor_tokens():
+    refused("a text, or a list of tokens, is expected, not .*5.5", [5.5, 6])
+    refused("is expected, not .*3", ["fine", 3])
+    refused(r"is expected, not \[1, 'a'\]", [1, "a"])
 
 
 def test_text_without_a_tokenizer():

@@ -29,7 +29,7 @@ from minillm.generate.cache import KVCache
 from minillm.generate.forward import compiled_next_logits, completion_logprobs, evaluating, next_logits, prompt_logits
 from minillm.generate.logprobs import token_logprobs
 from minillm.generate.params import SamplingParams
-from minillm.generate.request import Completion, Prompt, Request, make_request
+from minillm.generate.request import Completion, Prompt, Request, is_token, make_request
 from minillm.generate.rows import Sample, Search, choose_tokens
 from minillm.tokenizer import Tokenizer
 
@@ -283,7 +283,7 @@ def generate(
     list. `max_rows` and `compile` are those of `Engine`.
     Raises ValueError before any work when a prompt, or what is asked of it, does not fit the model's context.
     """
-    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    one = isinstance(prompts, str) or (len(prompts) > 0 and is_token(prompts[0]))
     prompts = [prompts] if one else prompts
     if params is None or isinstance(params, SamplingParams):
         params = [params] * len(prompts)

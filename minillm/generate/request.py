@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Literal
 
 from minillm.generate.logprobs import TokenLogprob
@@ -55,6 +56,11 @@ class Request:
         return len(self.prompt) + self.max_new_tokens
 
 
+def is_token(value: object) -> bool:
+    """Whether it is a whole number, also one of numpy's or torch's."""
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0  # any tensor has that method
+
+
 def make_request(
     config: ModelConfig, tokenizer: Tokenizer | None, prompt: Prompt, params: SamplingParams | None = None
 ) -> Request:
@@ -74,7 +80,10 @@ def make_request(
             raise ValueError("a prompt of text needs a tokenizer; without one give a list of tokens")
         tokens = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
     else:
-        tokens = list(prompt)
+        try:
+            tokens = [index(token) for token in prompt]
+        except TypeError:
+            raise ValueError(f"prompt: a text, or a list of tokens, is expected, not {prompt!r}") from None
     if not tokens:
         raise ValueError("prompt: is empty; give at least one token to go on from")
     if wrong := [token for token in tokens if not 0 <= token < config.vocab_size]:
