@@ -6,6 +6,7 @@ EXTRAS = {
     "hf": ["tokenizers", "huggingface_hub"],
     "track": ["tensorboard", "wandb"],
     "plot": ["matplotlib"],
+    "eval": ["sacrebleu", "rouge-chinese", "jieba"],
     "bench": ["transformers", "datasketch", "peft"],
 }
 EXTRAS["test"] = sorted({"pytest", "pytest-xdist", "ruff", "transformers", "datasketch"}.union(*EXTRAS.values()))
