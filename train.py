@@ -34,7 +34,7 @@ from minillm.recipe import (
     settle,
     starting_point,
 )
-from minillm.report import show_figures, show_samples
+from minillm.report import show_figures, show_samples, show_stop
 from minillm.run import RunDirectory
 from minillm.tensors import is_sharded, unwrapped
 from minillm.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def report(
 ) -> None:
     """Samples, the loss curve, the figures, and what to do next."""
     if not summary["finished"]:
-        print(f"\nstopped by {summary['stopped_by']} at step {summary['step']}; continue with --run.resume auto")
+        show_stop(summary)
         return
     model, unseen = unwrapped(model), held_out(sources)
     beginning = min(16, model.config.max_seq_len // 2)

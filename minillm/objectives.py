@@ -10,10 +10,12 @@ Shapes: B batch, T time.
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from minillm.data.batch import Batch
 from minillm.losses import IGNORE_INDEX, Penalties, chunked_cross_entropy, chunked_losses, loss_and_hits
+from minillm.tensors import unwrapped
 
 Metrics = dict[str, tuple[Tensor | float, Tensor | int]]
 
@@ -62,6 +64,43 @@ class NextToken:
         if self.penalties.z_loss:
             metrics["z_loss"] = (losses.z_loss, count)
         return losses.total, metrics
+
+
+class NoisyNextToken(NextToken):
+    """`NextToken` on embeddings with uniform noise of alpha / sqrt(T D), T being the length of the document.
+
+    The noise comes from torch's generator, as dropout does. Where the model is not in training there is none.
+    Source: Jain et al. 2023 (arXiv:2310.05914), who call it NEFTune.
+    """
+
+    def __init__(self, vocab_size: int | None = None, *, alpha: float, **options: Any):
+        super().__init__(vocab_size, **options)
+        self.alpha = alpha
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        """As `NextToken`."""
+
+        def add_noise(embed: nn.Module, inputs: tuple, embedded: Tensor) -> Tensor:
+            if not embed.training:
+                return embedded
+            size = self.alpha / (document_lengths(batch)[..., None] * embedded.shape[-1]).sqrt()  # (B, T, 1)
+            return embedded + (2 * torch.rand_like(embedded) - 1) * size
+
+        hook = unwrapped(model).embed.register_forward_hook(add_noise)
+        try:
+            return super().__call__(model, batch)
+        finally:
+            hook.remove()
+
+
+def document_lengths(batch: Batch) -> Tensor:
+    """(B, T): how many tokens the document has that a token is in."""
+    B, T = batch.tokens.shape
+    if batch.doc_ids is None:
+        return torch.full((B, T), T, device=batch.tokens.device)
+    lengths = torch.zeros(B, T, dtype=torch.int64, device=batch.tokens.device)  # of the documents of each row
+    lengths.scatter_add_(1, batch.doc_ids, torch.ones_like(batch.doc_ids))
+    return lengths.gather(1, batch.doc_ids)
 
 
 class NextTokenAccuracy(NextToken):

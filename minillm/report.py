@@ -1,14 +1,18 @@
 """What a script shows at the end of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minillm.eval.answers import Answered
 from minillm.generate.engine import stream
 from minillm.generate.params import SamplingParams
 from minillm.log import curve, read_metrics
 from minillm.model.transformer import Transformer
 from minillm.run import RunDirectory
 from minillm.tokenizer import Tokenizer
+
+WIDTH = 160  # characters of a question
+HEADINGS = {"majority": "most common answer", "before": "before", "after": " after"}
 
 
 def show_samples(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[tuple[str, list[int]]], seed: int) -> None:
@@ -22,6 +26,38 @@ def show_samples(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[tup
         for piece in stream(model, tokenizer, prompt, params):
             print(piece, end="", flush=True)
         print()
+
+
+def show_stop(summary: Mapping[str, Any]) -> None:
+    """What ended a run before its end, and how it goes on."""
+    print(f"\nstopped by {summary['stopped_by']} at step {summary['step']}; continue with --run.resume auto")
+
+
+def show_answers(
+    summary: Mapping[str, Any], metrics: Sequence[str], answered: Sequence[Answered], samples: int
+) -> None:
+    """Some held-out questions with their answers, and a table of each metric: of each file, before and after."""
+    step = max(1, len(answered) // max(1, samples))
+    for one in answered[::step][:samples]:
+        print(f"\n  {answer_line(one)}")
+    for metric in metrics if answered else ():
+        sides = summary[metric]
+        columns = [when for when in ("majority", "before", "after") if when in sides]
+        rows = {name: [sides["files"][when][name] for when in columns] for name in sides["files"]["after"]}
+        rows |= {"all": [sides[when] for when in columns]} if len(rows) > 1 else {}
+        width = max(map(len, rows))
+        headings = [HEADINGS[when] for when in columns]
+        print(f"\n{metric.replace('_', ' ')} on {len(answered)} held-out questions")
+        print(f"  {'':{width}}  {'  '.join(headings)}")
+        for name, values in rows.items():
+            print(f"  {name:{width}}  " + "  ".join(f"{value:{len(h)}.1%}" for value, h in zip(values, headings)))
+
+
+def answer_line(one: Answered) -> str:
+    """The end of a question, what was answered, and what was expected, on one line."""
+    question, answer, expected = (" ".join(text.split()) for text in (one.prompt, one.answer, one.expected))
+    question = question if len(question) <= WIDTH else f"...{question[-WIDTH:]}"
+    return f"{question} ▸ {answer}   (expected: {expected})"
 
 
 def show_figures(run: RunDirectory, summary: dict[str, Any], sources: Sequence[str], best: bool = False) -> None:

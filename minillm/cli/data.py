@@ -24,6 +24,7 @@ from minillm.data.mixture import Source
 from minillm.data.shards import describe
 from minillm.data.store import is_prepared, open_prepared
 from minillm.log import read_metrics
+from minillm.recipe.tuning import SFTConfig
 from minillm.run import RunConfig, RunDirectory
 from minillm.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 
@@ -118,7 +119,7 @@ def data_inspect(options: DataInspect) -> None:
         raise ValueError(f"{run.config}: data.seq_len is needed to know what a step read")
     tokenizer = load_tokenizer(run.path)
     if conversations:
-        turns = section(TurnsConfig, "sft")
+        turns = section(SFTConfig, "sft")
         sources = open_conversations(data, turns, find_template(turns.template, tokenizer), tokenizer)
     else:
         sources = open_sources(with_path(data), tokenizer)

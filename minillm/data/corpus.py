@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from minillm.data.config import DataConfig, StoriesOrTextConfig
+from minillm.data.config import ConversationsConfig, DataConfig, StoriesOrTextConfig
 from minillm.data.mixture import PLACES, Source, refuse_too_many, shares, whole_places
 from minillm.data.shards import corpus_files, prepare, size_of_text
 from minillm.data.store import Prepared, is_prepared, open_prepared, read_index
-from minillm.data.stories import write_stories
+from minillm.data.stories import write_questions, write_stories
 from minillm.data.text import documents, named_files
 from minillm.files import atomic_directory, locked
 from minillm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
@@ -22,6 +22,7 @@ logger = logging.getLogger("minillm")
 
 Section = TypeVar("Section", bound=StoriesOrTextConfig)
 Result = TypeVar("Result")
+QUESTIONS = "questions-1"
 STORIES = "stories-2.jsonl"  # a new number whenever the stories change, so that a cache never holds older ones
 
 
@@ -35,6 +36,22 @@ def with_path(config: Section) -> Section:
             with atomic_directory(folder) as temporary:
                 write_stories(temporary / STORIES)
     return dataclasses.replace(config, path=str(folder / STORIES))
+
+
+def with_questions(config: ConversationsConfig) -> ConversationsConfig:
+    """The section with a path: without one, questions about the embedded corpus, written where they are not there yet.
+
+    What is held out of them are questions that no story of the corpus answers.
+    """
+    if config.path is not None:
+        return config
+    folder = Path(config.cache_dir).expanduser() / QUESTIONS
+    with locked(folder.with_name(f"{QUESTIONS}.lock"), wait=True):
+        if not folder.exists():
+            with atomic_directory(folder) as temporary:
+                write_questions(temporary)
+    val = str(folder / "heldout") if config.val_split().kind == "auto" else config.val
+    return dataclasses.replace(config, path=str(folder / "train.jsonl"), val=val)
 
 
 def prepared_folder(config: DataConfig) -> Path | None:

@@ -20,36 +20,42 @@ from minillm.strategy import layouts, ranks_here
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
 C = TypeVar("C")
+NOWHERE = Layer("defaults", {})
 # What may differ from the model that training starts from: no weight depends on it.
 MAY_DIFFER = ("max_seq_len", "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "dropout")
 NUMBERS_OF_RANKS = ("parallel.dp_replicate", "parallel.dp_shard", "parallel.tp")
 LIMITS = ("train.max_steps", "train.max_tokens", "train.max_epochs")
 
 
-def read_config(config_class: type[C], argv: Sequence[str], choose: Callable[[list[Layer]], list[Layer]]) -> C:
+def read_config(
+    config_class: type[C],
+    argv: Sequence[str],
+    choose: Callable[[list[Layer]], list[Layer]],
+    places: Layer = NOWHERE,
+) -> C:
     """The configuration of a script; every mistake in it is reported before anything is touched.
 
     `choose(given)`: the layers of what the user left open, below what they gave. A run that is continued has all that
-    from before.
+    from before. `places`: what the script starts from and writes to where none is given.
     """
-    given = read_layers(config_class, argv)
-    home = earlier_run(given)
-    given = [*source_layer(given, resumed=home), *given]
+    given = read_layers(config_class, argv, places)
+    home = earlier_run([places, *given])
+    given = [*source_layer([places, *given], resumed=home), *given]
     below = earlier(config_class, home, given, ranks_started()) if home else choose(given)
-    config = build(config_class, [*below, *given])
+    config = build(config_class, [places, *below, *given])
     if not home:
         said = (f"{name} {value}" for name, value in below[-1].values.items() if lookup(given, name) is None)
-        LOGGER.info("chosen for the corpus: %s", ", ".join(said) or "nothing, all is given")
+        LOGGER.info("%s: %s", below[-1].origin, ", ".join(said) or "nothing, all is given")
     return config
 
 
-def read_layers(config_class: type, argv: Sequence[str]) -> list[Layer]:
+def read_layers(config_class: type, argv: Sequence[str], places: Layer = NOWHERE) -> list[Layer]:
     """The layers that the user gave: the preset they named, the file, the command line."""
     files, line = arguments(config_class, argv)
     if len(files) > 1:
         raise ConfigError([f"one config file is expected, not {len(files)}: {', '.join(files)}"])
     given = [*map(file_layer, files), line]
-    return [*preset_layer(given), *given, *restart_layer(given)]
+    return [*preset_layer(given), *given, *restart_layer([places, *given])]
 
 
 def restart_layer(given: Sequence[Layer]) -> list[Layer]:
@@ -86,6 +92,9 @@ def source_layer(given: Sequence[Layer], resumed: Path | None = None) -> list[La
         return [Layer(origin, {}, (f"model.path: {path} is in the directory of this very run, {run}; {ways}",))]
     if resumed is not None:
         return []
+    if str(path) == RunConfig.dir and not source.exists():
+        missing = f"model.path: there is no {path} yet; run `python train.py` first, or give the model to start from"
+        return [Layer(origin, {}, (missing,))]
     try:
         folder = find_checkpoint(Path(str(path)), skip=checkpoint.TENSORS)  # its weights are proved when they are read
         config, tokenizer = describe(folder)

@@ -11,11 +11,12 @@ from minillm.data.corpus import identity
 from minillm.data.mixture import Source
 from minillm.distributed.context import Context, beside_training, connect
 from minillm.distributed.launch import check_same, check_shared, note_begun
-from minillm.load import find_checkpoint, load_weights
+from minillm.load import find_checkpoint, load_base
 from minillm.log import LOGGER, kept_in
 from minillm.recipe.config import RecipeConfig
 from minillm.run import RunConfig, RunDirectory, open_run
 from minillm.strategy import layouts, ranks_here
+from minillm.tensors import unwrapped
 from minillm.tokenizer import Tokenizer, TokenizerConfig
 from minillm.trainer import Trainer
 
@@ -82,11 +83,11 @@ def begin(
 ) -> bool:
     """Give the trainer what it goes on from, and write down what the run is; False where the run is over already."""
     dist = trainer.dist
+    if model_path and (trainer.base_path or not checkpoint_path):
+        start_from(model_path, trainer)
     if checkpoint_path:
         trainer.resume(checkpoint_path, hashed=True)
         LOGGER.info("resumed from %s", checkpoint_path)
-    elif model_path:
-        start_from(model_path, trainer)
     over = trainer.over() and not trainer.progress.unevaluated
     if dist.broadcast(over and run.finished_at(trainer.progress.step)):
         LOGGER.info("%s: the run is finished at step %d; there is nothing to do", run.path, trainer.progress.step)
@@ -100,7 +101,7 @@ def begin(
 def start_from(path: str, trainer: Trainer) -> None:
     """Give the model the weights of an earlier one, and say how well it does on this text before the first step."""
     trainer.dist.at("reading the weights", checkpoint.PATIENCE)
-    folder, said = load_weights(path, trainer.model, trainer.saver.dist), ""
+    folder, said = load_base(path, unwrapped(trainer.model), trainer.seed, trainer.saver.dist), ""
     if trainer.evaluate:
         with trainer.autocast():
             said = f": val loss {trainer.evaluate(trainer.raise_if_stopped)['val_loss']:.4f} before the first step"

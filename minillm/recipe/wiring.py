@@ -1,8 +1,9 @@
 """From a configuration and tokens to a trainer: what is decided, built and wired alike in every recipe."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -129,8 +130,12 @@ def build_model(settled: Settled, adapt: Callable[[Transformer], object] | None 
             dtype=DTYPES[config.train.precision],
             reshard_after_forward=config.parallel.reshard_after_forward,
             compress=config.parallel.compress,
-            init=partial(init_weights, seed=config.run.seed),
+            init=partial(init_weights, seed=config.run.seed) if config.model.path is None else to_be_loaded,
         )
+
+
+def to_be_loaded(model: nn.Module) -> None:
+    """Leave the weights of a model as they are, which are read when everything else is known to fit."""
 
 
 def make_trainer(
@@ -139,16 +144,18 @@ def make_trainer(
     objective: Objective,
     run: RunDirectory,
     trackers: Sequence[Tracker] = (),
-    identity_of_recipe: dict[str, Any] | None = None,
     base_path: str | None = None,
+    more_identity: Mapping[str, Any] = MappingProxyType({}),
+    more_figures: Callable[[], dict[str, float]] = dict,
 ) -> Trainer:
     """The trainer of a model on an objective, and its evaluation by the loss of the next token.
 
-    `identity_of_recipe`: what a run that is continued must agree on beside what it always must. `base_path`: as in
-    Trainer.
+    `base_path`: as in Trainer. `more_identity`: what a run that is continued must agree on beside what is usual.
+    `more_figures`: what an evaluation tells beside the loss.
     """
     config, dist = settled.config, settled.dist
     shape, tokenizer, sources = settled.shape, settled.tokenizer, settled.sources
+    evaluate = make_evaluation(model, NextToken(shape.vocab_size), tokenizer, held_out(sources), config, dist)
     optim, train, log = config.optim, config.train, config.log
     with memory_explained(settled.advice):
         optimizer = build_optimizer(model, optim)
@@ -172,7 +179,7 @@ def make_trainer(
         dist=dist,
         grad_clip=optim.grad_clip,
         seed=config.run.seed,
-        evaluate=make_evaluation(model, NextToken(shape.vocab_size), tokenizer, held_out(sources), config, dist),
+        evaluate=evaluate and (lambda raise_if_stopped: evaluate(raise_if_stopped) | more_figures()),
         run=run,
         log_every=log.every,
         flops_per_token=flops_per_token(shape, config.data.seq_len),
@@ -185,7 +192,7 @@ def make_trainer(
             "run.seed": config.run.seed,
             "optim.name": optim.name,
             **{f"model.{name}": value for name, value in dataclasses.asdict(shape).items()},
-            **(identity_of_recipe or {}),
+            **more_identity,
         },
         config_dict=to_dict(config),
         trackers=trackers,

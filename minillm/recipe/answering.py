@@ -1,0 +1,95 @@
+"""What a model answers to held-out questions before and after training, kept in the run's directory and summed up.
+
+predictions/before.jsonl  predictions/after.jsonl       a row for each: its file, the question, both answers
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minillm import checkpoint
+from minillm.data.chat import find_template, stop_ids
+from minillm.data.mixture import held_out
+from minillm.eval.answers import METRICS, Answered, answers_of, by_group, last_answers, majority
+from minillm.files import write_atomically
+from minillm.log import LOGGER
+from minillm.recipe.wiring import Settled
+from minillm.report import answer_line
+from minillm.run import RunDirectory
+from minillm.tensors import is_sharded, unwrapped
+from minillm.trainer import Trainer
+
+
+def answer_held_out(when: str, trainer: Trainer, settled: Settled, run: RunDirectory) -> None:
+    """Let the model answer what was held out, and keep that as predictions/`when`.jsonl."""
+    trainer.dist.at(f"answering {when} training", checkpoint.PATIENCE)
+    with trainer.autocast():
+        answered = answers(trainer.model, settled, settled.config.sft.predict)
+    if settled.config.sft.predict and not answered:
+        LOGGER.warning("sft.predict: nothing is answered: nothing is held out, or the weights are cut over ranks")
+    if answered and settled.dist.is_main:
+        path = predictions(run, when)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, "".join(json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in answered))
+
+
+def answer_some(model: nn.Module, settled: Settled) -> dict[str, float]:
+    """What an evaluation adds on the way: the metrics of a few answers, of which the first goes into the log."""
+    sft = settled.config.sft
+    answered = answers(model, settled, min(sft.predict, sft.predict_some))
+    for one in answered[:1]:
+        LOGGER.info("  %s", answer_line(one))
+    return {f"val_{metric}": METRICS[metric](answered) for metric in sft.metrics if answered}
+
+
+def answers(model: nn.Module, settled: Settled, count: int) -> list[Answered]:
+    """What a model answers to so many questions, on each rank; a rank asks its share.
+
+    None where nothing is held out, and from a model whose weights are cut over ranks.
+    """
+    sft, dist, tokenizer, model = settled.config.sft, settled.dist, settled.tokenizer, unwrapped(model)
+    stores = [source.prepared.val for source in held_out(settled.sources)]
+    if not count or not stores or any(map(is_sharded, model.parameters())):
+        return []
+    asked = [one for store in stores for one in last_answers(store, -(-count // len(stores)), tokenizer)]
+    ends = stop_ids(find_template(sft.template, tokenizer), tokenizer)
+    with torch.compiler.set_stance("force_eager"):  # what is compiled for training would be again for each length
+        mine = answers_of(model, tokenizer, asked[dist.rank :: dist.world_size], ends, sft.predict_tokens)
+    shares = dist.gather([one._asdict() for one in mine])
+    return [Answered(**shares[i % len(shares)][i // len(shares)]) for i in range(len(asked))]
+
+
+def predictions(run: RunDirectory, when: str) -> Path:
+    """Where answers are kept."""
+    return run.path / "predictions" / f"{when}.jsonl"
+
+
+def read_answers(run: RunDirectory, when: str) -> list[Answered]:
+    """The answers of one side of training; none where none were kept."""
+    path = predictions(run, when)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [Answered(**json.loads(line)) for line in lines]
+
+
+def sum_up(run: RunDirectory, metrics: Sequence[str], summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary with each metric of what was answered, before and after; written too.
+
+    A metric is {"before", "after", "files": {"before": {FILE: ...}, "after": ...}}. Beside exact_match is `majority`,
+    that of always giving the most common answer.
+    """
+    sides = {when: answered for when in ("before", "after") if (answered := read_answers(run, when))}
+    if not summary["finished"] or "after" not in sides:
+        return summary
+    for name in metrics:
+        figures = {when: (METRICS[name], answered) for when, answered in sides.items()}
+        if name == "exact_match":
+            figures["majority"] = majority, sides["after"]
+        whole = {when: metric(answered) for when, (metric, answered) in figures.items()}
+        files = {when: by_group(answered, metric) for when, (metric, answered) in figures.items()}
+        summary = summary | {name: whole | {"files": files}}
+    run.write_json(run.summary, summary)
+    return summary

@@ -1,0 +1,173 @@
+"""What fine-tuning on conversations adds to a recipe: its sections, what suits them, and which weights are trained."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import nn
+
+from minillm.config import Layer, file_layer, lookup, nearest
+from minillm.data.chat import find_template
+from minillm.data.config import ConversationsConfig
+from minillm.data.conversation_store import open_conversations
+from minillm.data.corpus import with_questions
+from minillm.data.jinja import choose_template
+from minillm.data.masked import TurnsConfig
+from minillm.data.mixture import Source
+from minillm.eval.answers import METRICS, check_installed
+from minillm.load import find_checkpoint, taught_template, weights_hash
+from minillm.lora import LoRAConfig, add_adapters, apply_lora
+from minillm.model.transformer import Transformer
+from minillm.objectives import NextToken, NoisyNextToken
+from minillm.plan import recommend_tuning
+from minillm.recipe.config import RecipeConfig
+from minillm.recipe.fitting import as_count, bytes_of_text
+from minillm.recipe.layers import is_none, without_limits
+from minillm.tensors import parameter_names
+from minillm.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+
+
+@dataclass(frozen=True)
+class SFTConfig(TurnsConfig):
+    """What of conversations is learned, by which weights, and how what was learned is measured."""
+
+    frozen: Annotated[list[str], "weights that stay as they are: names or patterns, as embed.*,blocks.0.*"] = field(
+        default_factory=list
+    )
+    neftune: Annotated[float, "noise on embeddings in training, uniform of this / sqrt(T D); 5 is usual", ">= 0"] = 0.0
+    predict: Annotated[
+        int, "held-out conversations whose last answer is generated before and after training, and measured", ">= 0"
+    ] = 0
+    predict_some: Annotated[
+        int, "of these, so many at each evaluation on the way too, in which one is shown", ">= 0"
+    ] = 8
+    predict_tokens: Annotated[int, "tokens of such an answer, at most", ">= 1"] = 128
+    metrics: Annotated[
+        list[str], f"how near they are to those that were given: {', '.join(METRICS)} (the last two: extra eval)"
+    ] = field(default_factory=lambda: ["exact_match"])
+
+    def __post_init__(self):
+        problems = [
+            f"metrics: {name!r} is not known{nearest(name, METRICS)} ({', '.join(METRICS)})"
+            for name in self.metrics
+            if name not in METRICS
+        ]
+        try:
+            check_installed(self.metrics)
+        except ValueError as error:
+            problems.append(f"metrics: {error}")
+        if self.predict and self.train_on == "all":
+            problems.append("predict: with train_on all, nobody's answer is told from the rest; leave one of them out")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+@dataclass(frozen=True)
+class TuningConfig(RecipeConfig):
+    """A run that learns from conversations."""
+
+    data: ConversationsConfig = field(default_factory=ConversationsConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+    def problems(self) -> list[str]:
+        """What contradicts itself, a line each."""
+        problems = super().problems()
+        if self.lora.r and self.sft.frozen:
+            problems.append("sft.frozen: with adapters (lora.r) all other weights are frozen; leave one of them out")
+        if self.sft.neftune and self.parallel.tp > 1:
+            problems.append("sft.neftune: tensor-parallel ranks would each add other noise; leave one of them out")
+        with torch.device("meta"):
+            model = Transformer(self.model.to_config(vocab_size=1))
+        for change in (partial(freeze, patterns=self.sft.frozen), partial(with_adapters, config=self.lora)):
+            try:
+                change(model)
+            except ValueError as error:
+                problems.append(str(error))
+        return problems
+
+
+# --- what is trained --------------------------------------------------------------------------------------------------
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Leave the parameters that the patterns fit out of training. Raises ValueError where one fits none, or all do."""
+    named = parameter_names(model)
+    for pattern in patterns:
+        fitting = [name for name in named if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
+        if not fitting:
+            names = list(named)
+            raise ValueError(f"sft.frozen: {pattern!r} fits no weight; they are called {names[0]}, ..., {names[-1]}")
+        for name in fitting:
+            named[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise ValueError("sft.frozen: all weights are, so that nothing is left to train")
+
+
+def with_adapters(model: nn.Module, config: LoRAConfig) -> None:
+    """Adapters, where there are to be some, without a word."""
+    if config.r:
+        add_adapters(model, config)
+
+
+def adapt(model: Transformer, config: TuningConfig) -> None:
+    """Freeze what is not trained, and add what is trained in its stead."""
+    freeze(model, config.sft.frozen)
+    apply_lora(model, config.lora, config.run.seed)
+
+
+def base_of(config: TuningConfig) -> tuple[str | None, dict[str, Any]]:
+    """(where the base of adapters is, what a run with them must agree on); nothing of the kind without adapters."""
+    if not config.lora.r:
+        return None, {"sft.frozen": config.sft.frozen}
+    path = str(Path(config.model.path).resolve())
+    return path, {"base_sha256": weights_hash(find_checkpoint(Path(path))), "lora": dataclasses.asdict(config.lora)}
+
+
+def answers_objective(config: TuningConfig, vocab_size: int) -> NextToken:
+    """The loss of the answers, with noise on the embeddings where it is asked for."""
+    penalties = {"label_smoothing": config.train.label_smoothing, "z_loss": config.train.z_loss}
+    if config.sft.neftune:
+        return NoisyNextToken(vocab_size, alpha=config.sft.neftune, **penalties)
+    return NextToken(vocab_size, **penalties)
+
+
+# --- what it learns from ----------------------------------------------------------------------------------------------
+
+
+def fitting_conversations(config_class: type, given: list[Layer], without_data: Path) -> list[Layer]:
+    """The layer of what suits the model and the conversations; that of the file where no path is given."""
+    if is_none(lookup(given, "data.path")):
+        chosen = dict(file_layer(without_data).values)
+    else:
+        limit = as_count(lookup(given, "data.seq_len")) or as_count(lookup(given, "model.max_seq_len")) or 1024
+        dim, lora = as_count(lookup(given, "model.dim")) or 1024, bool(as_count(lookup(given, "lora.r", 0)))
+        chosen = recommend_tuning(bytes_of_text(config_class, given), dim, limit, lora)
+    if lookup(given, "optim.lr") is not None or lookup(given, "optim.name") is not None:
+        chosen = {name: value for name, value in chosen.items() if name != "optim.muon_lr"}
+    return [Layer("chosen for the conversations", without_limits(chosen, given))]
+
+
+def open_chats(
+    config: TuningConfig, data: ConversationsConfig, tokenizer_config: TokenizerConfig
+) -> tuple[Tokenizer, list[Source]]:
+    """The tokenizer, and the conversations of each source as the model is given them."""
+    tokenizer = train_tokenizer((), tokenizer_config)
+    template = find_template(with_template(config, tokenizer).sft.template, tokenizer)
+    return tokenizer, open_conversations(with_questions(data), config.sft, template, tokenizer)
+
+
+def with_template(config: TuningConfig, tokenizer: Tokenizer) -> TuningConfig:
+    """The config with the template's name, so that whoever loads the model knows what it was taught."""
+    template = choose_template(config.sft.template, tokenizer, taught_by(config.model.path))
+    return dataclasses.replace(config, sft=dataclasses.replace(config.sft, template=template.name))
+
+
+def taught_by(model_path: str | None) -> str | None:
+    """The template that the model which is to be tuned knows already."""
+    return taught_template(find_checkpoint(Path(model_path))) if model_path else None

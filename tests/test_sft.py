@@ -1,0 +1,284 @@
+"""`python sft.py` from a model and a file of conversations to answers: complete, repeatable, clear about mistakes."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+import minillm
+import sft
+from minillm import checkpoint
+from minillm.data.batch import Batch
+from minillm.data.config import ConversationsConfig
+from minillm.data.corpus import with_questions
+from minillm.log import read_metrics, run_command
+from minillm.lora import adapted
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
+from minillm.objectives import NextToken, NoisyNextToken
+from minillm.recipe import wiring
+from minillm.tokenizer import ByteTokenizer
+
+WORDS = ("red", "blue", "green", "black")
+SMALL = """
+[run]
+dir = "runs/tuned"
+device = "cpu"
+[model]
+path = "base"
+[data]
+path = "chats.jsonl"
+val = "held.jsonl"
+seq_len = 64
+[optim]
+lr = 1e-2
+[train]
+max_steps = 6
+batch_tokens = 256
+micro_batch_size = 2
+save_every = 3
+eval_every = 3
+[sft]
+predict = 4
+predict_tokens = 8
+[log]
+every = 1
+samples = 1
+curves = false
+"""
+
+
+def write_all(directory):
+    """A model that knows nothing, questions of four kinds with one answer each, and a config."""
+    torch.manual_seed(0)
+    tokenizer = ByteTokenizer()
+    shape = ModelConfig(vocab_size=tokenizer.vocab_size, dim=32, n_layers=2, n_heads=2, ffn_dim=64, max_seq_len=64)
+    minillm.save(Transformer(shape), tokenizer, directory / "base")
+    rows = [{"question": f"{i % 4}?" + " so" * (i % 3), "answer": WORDS[i % 4]} for i in range(160)]
+    (directory / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    (directory / "small.toml").write_text(SMALL)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, known_peak):
+    monkeypatch.chdir(tmp_path)
+    write_all(tmp_path)
+    return tmp_path
+
+
+def run(*words):
+    return run_command(sft.main, ["small.toml", *map(str, words)])
+
+
+def failure(capsys, *words):
+    """The one line that a command fails with."""
+    capsys.readouterr()
+    assert run(*words) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error[error.index("error: ") :]
+
+
+def losses(directory):
+    keys = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")
+    rows = read_metrics(Path(directory) / "metrics.jsonl")
+    return [{key: row[key] for key in keys if key in row} for row in rows]
+
+
+def weights(directory):
+    return minillm.load(directory)[0].state_dict()
+
+
+def same(ours, theirs):
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_leaves_everything_that_it_promises(workplace, capsys):
+    assert run() == 0
+    shown = capsys.readouterr().out
+    directory = workplace / "runs" / "tuned"
+    rows = losses(directory)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    summary = json.loads((directory / "summary.json").read_text())
+    assert set(summary["exact_match"]) == {"before", "after", "majority", "files"}
+    assert summary["exact_match"]["majority"] == 0.25
+    assert summary["exact_match"]["files"]["after"] == {"held": summary["exact_match"]["after"]}
+    answered = [json.loads(line) for line in (directory / "predictions" / "after.jsonl").read_text().splitlines()]
+    assert [one["expected"] for one in answered] == list(WORDS)
+    assert "exact match on 4 held-out questions" in shown
+    assert "minillm chat runs/tuned" in shown
+    config = json.loads((directory / "config.json").read_text())
+    assert config["sft"]["template"] == "chatml"
+    assert run_command(sft.main, ["runs/tuned/config.json", "--run.dir", "runs/again"]) == 0
+    assert losses("runs/again") == losses(directory)
+
+
+def test_answers_are_learned_and_how_many_is_measured(workplace):
+    assert run("--train.max_steps", 60, "--train.eval_every", 60, "--optim.warmup_steps", 5) == 0
+    found = json.loads(Path("runs/tuned/summary.json").read_text())["exact_match"]
+    assert (found["before"], found["after"]) == (0, 1)
+
+
+def test_the_loss_does_not_depend_on_how_a_step_is_divided(workplace):
+    for rows in (1, 2, 4):
+        assert run("--run.dir", f"runs/{rows}", "--train.micro_batch_size", rows, "--sft.predict", 0) == 0
+    whole = losses("runs/4")
+    for rows in (1, 2):
+        for ours, theirs in zip(losses(f"runs/{rows}"), whole):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def tune(directory, words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        patch.setattr(wiring, "peak_flops", lambda *_: 1e10)
+        return run_command(sft.main, ["small.toml", *words])
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora.r", "2"]], ids=["full", "lora"])
+def test_two_ranks_train_what_one_does(workplace, lora):
+    assert tune(workplace, ["--run.dir", "runs/one", *lora]) == 0
+    assert run_ranks(2, tune, workplace, ["--run.dir", "runs/two", *lora]) == [0, 0]
+    for ours, theirs in zip(losses("runs/two"), losses("runs/one")):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    one, two = (json.loads(Path(f"runs/{name}/summary.json").read_text())["exact_match"] for name in ("one", "two"))
+    assert one == two
+    assert len(Path("runs/two/predictions/before.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("words", [[], ["--sft.neftune", 5], ["--lora.r", 2, "--lora.dropout", 0.1]], ids=str)
+def test_a_stopped_run_goes_on_bitwise(workplace, words):
+    assert run(*words) == 0
+    middle = "runs/tuned/checkpoints/step-00000003"
+    assert run_command(sft.main, ["--run.dir", "runs/on", "--run.resume", middle]) == 0
+    assert losses("runs/on") == losses("runs/tuned")[3:]
+    assert same(weights("runs/on"), weights("runs/tuned"))
+
+
+def test_adapters_are_trained_and_saved_alone(workplace):
+    assert run("--lora.r", 2, "--lora.targets", "attn") == 0
+    newest = checkpoint.latest(Path("runs/tuned/checkpoints"))
+    names = checkpoint.describe(checkpoint.read(newest)[1], skip=checkpoint.OPTIM)
+    assert names
+    assert all(name.endswith(("lora_a", "lora_b")) for name in names)
+    tuned, base = weights("runs/tuned"), weights("base")
+    assert all(torch.equal(tuned[name], base[name]) for name in base)
+    assert len(adapted(minillm.load("runs/tuned")[0])) == 8
+
+
+def test_frozen_weights_stay_as_they_are(workplace):
+    assert run("--sft.frozen", "embed,blocks.0.*") == 0
+    tuned, base = weights("runs/tuned"), weights("base")
+    kept = {name for name in base if torch.equal(tuned[name], base[name])}
+    assert kept == {name for name in base if name.startswith(("embed.", "blocks.0.", "lm_head"))}  # tied to embed
+
+
+# --- noise on embeddings ----------------------------------------------------------------------------------------------
+
+
+class Embeds(torch.nn.Module):
+    """A model that ends with its embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(5, 8)
+
+    def forward(self, tokens, positions, doc_ids, head):
+        self.seen = self.embed(tokens)
+        return self.seen.sum()
+
+
+def test_noise_is_uniform_and_smaller_in_longer_documents():
+    torch.manual_seed(0)
+    model, alpha = Embeds(), 5.0
+    tokens = torch.zeros(1, 400, dtype=torch.int64)
+    doc_ids = torch.cat([torch.zeros(1, 100), torch.ones(1, 300)], dim=1).long()
+    with torch.no_grad():
+        NoisyNextToken(alpha=alpha)(model, Batch(tokens, tokens, None, doc_ids))
+        noise = model.seen - model.embed(tokens)
+    for part, length in ((noise[:, :100], 100), (noise[:, 100:], 300)):
+        limit = alpha / math.sqrt(length * 8)
+        assert 0.99 * limit < part.abs().max() <= limit * (1 + 1e-5)
+        assert part.std() == pytest.approx(limit / math.sqrt(3), rel=0.05)
+
+
+def test_noise_is_in_training_alone_and_leaves_nothing_behind():
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=16, dim=32, n_layers=1, n_heads=2, ffn_dim=32, max_seq_len=16)
+    model = Transformer(config)
+    batch = Batch(torch.arange(8)[None], torch.arange(1, 9)[None])
+    plain, noisy = NextToken(16), NoisyNextToken(16, alpha=5.0)
+    assert not torch.equal(noisy(model, batch)[0], plain(model, batch)[0])
+    assert torch.equal(plain(model, batch)[0], plain(model, batch)[0])
+    model.eval()
+    assert torch.equal(noisy(model, batch)[0], plain(model, batch)[0])
+
+
+def test_noise_changes_what_is_trained(workplace):
+    assert run() == run("--sft.neftune", 5, "--run.dir", "runs/noisy") == 0
+    assert losses("runs/noisy")[0]["loss"] != losses("runs/tuned")[0]["loss"]
+
+
+# --- the embedded questions -------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_questions_hold_out_what_is_asked_of_three_families(tmp_path):
+    data = with_questions(ConversationsConfig(cache_dir=str(tmp_path)))
+    read = {path.stem: path.read_text().splitlines() for path in [Path(data.path), *Path(data.val).iterdir()]}
+    learned = set(read.pop("train"))
+    assert set(read) == {"recall", "reading", "counting"}
+    for rows in read.values():
+        assert not learned & set(rows)
+        answers = [json.loads(row)["answer"] for row in rows]
+        assert max(map(answers.count, answers)) <= 0.2 * len(answers)
+    assert with_questions(data) == data
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model.path", "runs/quickstart"], "there is no runs/quickstart yet; run `python train.py` first"),
+        (["--model.path", "nowhere"], "model.path: nowhere"),
+        (["--data.path", "nothing.json"], "nothing.json"),
+        (["--model.dim", 64], "model.dim: 64 is given, but base has 32"),
+        (["--sft.template", "llama-3"], "the tokenizer has no <|begin_of_text|>"),
+        (["--sft.template", "chatlm"], "chatml"),
+        (["--sft.frozen", "blocks.7.*"], "sft.frozen: 'blocks.7.*' fits no weight"),
+        (["--sft.frozen", "*"], "nothing is left to train"),
+        (["--sft.frozen", "embed", "--lora.r", 2], "leave one of them out"),
+        (["--lora.r", 2, "--lora.targets", "q_prj"], "lora.targets: 'q_prj' fits nothing; did you mean q_proj?"),
+        (["--sft.train_on", "all"], "predict: with train_on all"),
+        (["--sft.metrics", "exactmatch"], "metrics: 'exactmatch' is not known; did you mean exact_match?"),
+        (["--sft.neftune", -1], "sft.neftune"),
+        (["--data.seq_len", 100], "data.seq_len: 100 is longer than model.max_seq_len 64"),
+        (["--sft.predicted", 3], "did you mean sft.predict"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_told_in_one_line(workplace, capsys, words, said):
+    line = failure(capsys, *words)
+    assert said in line
+    assert not Path("runs/tuned/config.json").exists()
+
+
+def test_adapters_of_another_base_are_not_continued(workplace, capsys):
+    assert run("--lora.r", 2) == 0
+    model, tokenizer = minillm.load("base")
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+    minillm.save(model, tokenizer, "other")
+    Path("base").rename("moved")
+    Path("other").rename("base")
+    words = ["--run.dir", "runs/tuned", "--run.resume", "auto", "--train.max_steps", "8"]
+    capsys.readouterr()
+    assert run_command(sft.main, words) == 1
+    assert "another run than the one to be continued: base_sha256" in capsys.readouterr().err
