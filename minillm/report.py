@@ -11,7 +11,7 @@ from minillm.model.transformer import Transformer
 from minillm.run import RunDirectory
 from minillm.tokenizer import Tokenizer
 
-WIDTH = 160  # characters of a question
+WIDTH = 160  # characters of a question, and of an answer
 HEADINGS = {"majority": "most common answer", "before": "before", "after": " after"}
 
 
@@ -55,8 +55,9 @@ def show_answers(
 
 def answer_line(one: Answered) -> str:
     """The end of a question, what was answered, and what was expected, on one line."""
-    question, answer, expected = (" ".join(text.split()) for text in (one.prompt, one.answer, one.expected))
+    question, *replies = (" ".join(text.split()) for text in (one.prompt, one.answer, one.expected))
     question = question if len(question) <= WIDTH else f"...{question[-WIDTH:]}"
+    answer, expected = (reply if len(reply) <= WIDTH else f"{reply[:WIDTH]}..." for reply in replies)
     return f"{question} ▸ {answer}   (expected: {expected})"
 
 

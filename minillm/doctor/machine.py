@@ -21,6 +21,7 @@ EXTRAS = {
     "hf": ("tokenizers", "huggingface_hub"),
     "track": ("tensorboard", "wandb"),
     "plot": ("matplotlib",),
+    "eval": ("sacrebleu", "rouge_chinese", "jieba"),
 }
 CORE = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
 COMPILERS = ("g++", "clang++", "c++", "cl")

@@ -164,7 +164,10 @@ def open_chats(
 
 def with_template(config: TuningConfig, tokenizer: Tokenizer) -> TuningConfig:
     """The config with the template's name, so that whoever loads the model knows what it was taught."""
-    template = choose_template(config.sft.template, tokenizer, taught_by(config.model.path))
+    try:
+        template = choose_template(config.sft.template, tokenizer, taught_by(config.model.path))
+    except ValueError as error:
+        raise ValueError(f"sft.{error}") from None
     return dataclasses.replace(config, sft=dataclasses.replace(config.sft, template=template.name))
 
 
