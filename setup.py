@@ -6,7 +6,7 @@ EXTRAS = {
     "hf": ["tokenizers", "huggingface_hub"],
     "track": ["tensorboard", "wandb"],
     "plot": ["matplotlib"],
-    "eval": ["sacrebleu", "rouge-chinese", "jieba"],
+    "eval": ["sacrebleu", "rouge_chinese", "jieba"],
     "bench": ["transformers", "datasketch", "peft"],
 }
 EXTRAS["test"] = sorted({"pytest", "pytest-xdist", "ruff", "transformers", "datasketch"}.union(*EXTRAS.values()))

@@ -175,6 +175,23 @@ def test_adapters_are_trained_and_saved_alone(workplace):
     assert len(adapted(minillm.load("runs/tuned")[0])) == 8
 
 
+@pytest.mark.parametrize(("words", "lr"), [([], 1e-3), (["--lora.r", 4], 1e-2), (["--optim.lr", 0.5], 0.5)], ids=str)
+def test_what_is_left_open_is_chosen_for_the_model(workplace, words, lr):
+    given = ["--model.path", "base", "--data.path", "chats.jsonl", "--run.dir", "runs/chosen"]
+    options = ["--train.max_steps", 1, "--log.curves", "false"]
+    assert run_command(sft.main, [*map(str, [*given, *options, *words])]) == 0
+    config = json.loads(Path("runs/chosen/config.json").read_text())
+    assert (config["optim"]["lr"], config["data"]["seq_len"]) == (lr, 64)
+
+
+def test_a_full_run_goes_on_without_the_model_that_it_began_with(workplace):
+    assert run() == 0
+    Path("base").rename("moved")
+    again = ["--run.dir", "runs/tuned", "--run.resume", "auto", "--train.max_steps", "8"]
+    assert run_command(sft.main, again) == 0
+    assert [row["step"] for row in losses("runs/tuned")] == list(range(1, 9))
+
+
 def test_frozen_weights_stay_as_they_are(workplace):
     assert run("--sft.frozen", "embed,blocks.0.*") == 0
     tuned, base = weights("runs/tuned"), weights("base")

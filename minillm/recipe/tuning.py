@@ -146,7 +146,7 @@ def fitting_conversations(config_class: type, given: list[Layer], without_data: 
         chosen = dict(file_layer(without_data).values)
     else:
         limit = as_count(lookup(given, "data.seq_len")) or as_count(lookup(given, "model.max_seq_len")) or 1024
-        dim, lora = as_count(lookup(given, "model.dim")) or 1024, bool(as_count(lookup(given, "lora.r", 0)))
+        dim, lora = as_count(lookup(given, "model.dim")) or 1024, str(lookup(given, "lora.r", 0)) != "0"
         chosen = recommend_tuning(bytes_of_text(config_class, given), dim, limit, lora)
     if lookup(given, "optim.lr") is not None or lookup(given, "optim.name") is not None:
         chosen = {name: value for name, value in chosen.items() if name != "optim.muon_lr"}
@@ -172,5 +172,8 @@ def with_template(config: TuningConfig, tokenizer: Tokenizer) -> TuningConfig:
 
 
 def taught_by(model_path: str | None) -> str | None:
-    """The template that the model which is to be tuned knows already."""
-    return taught_template(find_checkpoint(Path(model_path))) if model_path else None
+    """The template that the model which is to be tuned knows already; None where it, or that, is not there."""
+    try:
+        return taught_template(find_checkpoint(Path(str(model_path))))
+    except ValueError:  # a run that goes on may need it no more
+        return None
