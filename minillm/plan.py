@@ -151,20 +151,18 @@ def optimizer_for(dim: int) -> dict[str, object]:
     return {"optim.name": "muon", "optim.lr": float(f"{0.77 / max(dim, 128):.1g}")}
 
 
-def recommend_tuning(n_bytes: int, dim: int, longest: int, lora: bool) -> dict[str, object]:
-    """The same for fine-tuning a model of that width, whose context is `longest`, on that many bytes of conversations.
+def recommend_tuning(n_bytes: int, dim: int, lora: bool) -> dict[str, object]:
+    """The same for fine-tuning a model of that width on that many bytes of conversations.
 
     Three passes at a rate of 2e-5 for a width of 4096 (Alpaca's, Taori et al. 2023), which grows as 1 / dim; for
     adapters ten times as high (Schulman et al. 2025, "LoRA without regret"). A step is a hundredth of the text, so that
     little text makes many steps too.
     """
-    seq_len = min(longest, 1024)
     tokens = n_bytes // 4
-    rows = max(1, min(16_384, tokens // 100) // seq_len)
     lr = min(2e-5 * 4096 / dim, 1e-3) * (10 if lora else 1)
     return {
-        "data.seq_len": seq_len,
-        "train.batch_tokens": rows * seq_len,
+        "data.seq_len": 1024,
+        "train.batch_tokens": min(16_384, tokens // 100),
         "train.max_epochs": 3.0,
         "optim.name": "adamw",
         "optim.lr": float(f"{lr:.1g}"),

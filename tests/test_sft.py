@@ -10,7 +10,7 @@ from ranks import run_ranks
 
 import minillm
 import sft
-from minillm import checkpoint
+from minillm import checkpoint, cli
 from minillm.data.batch import Batch
 from minillm.data.config import ConversationsConfig
 from minillm.data.corpus import with_questions
@@ -182,6 +182,27 @@ def test_what_is_left_open_is_chosen_for_the_model(workplace, words, lr):
     assert run_command(sft.main, [*map(str, [*given, *options, *words])]) == 0
     config = json.loads(Path("runs/chosen/config.json").read_text())
     assert (config["optim"]["lr"], config["data"]["seq_len"]) == (lr, 64)
+
+
+def test_help_explains_every_field(capsys):
+    assert run_command(sft.main, ["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in ("sft.template", "sft.neftune", "lora.r", "data.columns", "model.path", "train.max_steps"):
+        assert f"--{name}\n" in text
+
+
+def test_the_embedded_questions_are_learned_without_a_word(workplace, capsys):
+    """As after `python train.py`, but for a model that is smaller than its configuration was made for."""
+    minillm.save(*minillm.load("base"), "runs/quickstart")
+    end = ["--train.max_steps", "2", "--sft.predict", "6", "--log.curves", "false"]
+    config = ["--model.max_seq_len", "400"]  # a story in bytes
+    assert run_command(sft.main, [*end, *config]) == 0
+    found = json.loads(Path("runs/quickstart-sft/summary.json").read_text())["exact_match"]
+    assert set(found["files"]["after"]) == {"recall", "reading", "counting"}
+    assert set(found["files"]["majority"]) == set(found["files"]["before"])
+    capsys.readouterr()
+    assert run_command(cli.dispatch, ["data", "inspect", "runs/quickstart-sft", "--step", "2", "--rows", "1"]) == 0
+    assert "⟦ " in capsys.readouterr().out, "an answer begins with a space, as in the stories"
 
 
 def test_a_full_run_goes_on_without_the_model_that_it_began_with(workplace):

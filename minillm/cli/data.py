@@ -15,7 +15,7 @@ from minillm.data.clean.pipeline import clean, clean_shard, merge
 from minillm.data.clean.report import table
 from minillm.data.config import ConversationsConfig, DataConfig, SharedTextConfig
 from minillm.data.conversation_store import open_conversations
-from minillm.data.corpus import identity, open_corpus, open_sources, with_path
+from minillm.data.corpus import identity, open_corpus, open_sources, with_path, with_questions
 from minillm.data.inspect import document_lines, inspect_lines
 from minillm.data.jinja import choose_template
 from minillm.data.loader import Loader
@@ -119,7 +119,7 @@ def data_inspect(options: DataInspect) -> None:
         raise ValueError(f"{run.config}: data.seq_len is needed to know what a step read")
     tokenizer = load_tokenizer(run.path)
     if conversations:
-        turns = section(SFTConfig, "sft")
+        turns, data = section(SFTConfig, "sft"), with_questions(data)
         sources = open_conversations(data, turns, find_template(turns.template, tokenizer), tokenizer)
     else:
         sources = open_sources(with_path(data), tokenizer)

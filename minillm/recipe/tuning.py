@@ -1,6 +1,7 @@
 """What fine-tuning on conversations adds to a recipe: its sections, what suits them, and which weights are trained."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -145,11 +146,14 @@ def fitting_conversations(config_class: type, given: list[Layer], without_data: 
     if is_none(lookup(given, "data.path")):
         chosen = dict(file_layer(without_data).values)
     else:
-        limit = as_count(lookup(given, "data.seq_len")) or as_count(lookup(given, "model.max_seq_len")) or 1024
         dim, lora = as_count(lookup(given, "model.dim")) or 1024, str(lookup(given, "lora.r", 0)) != "0"
-        chosen = recommend_tuning(bytes_of_text(config_class, given), dim, limit, lora)
+        chosen = recommend_tuning(bytes_of_text(config_class, given), dim, lora)
+    limit = as_count(lookup(given, "model.max_seq_len")) or math.inf
+    seq_len = as_count(lookup(given, "data.seq_len")) or min(chosen["data.seq_len"], limit)
+    rows = max(1, round(chosen["train.batch_tokens"] / seq_len))
+    chosen |= {"data.seq_len": seq_len, "train.batch_tokens": rows * seq_len}
     if lookup(given, "optim.lr") is not None or lookup(given, "optim.name") is not None:
-        chosen = {name: value for name, value in chosen.items() if name != "optim.muon_lr"}
+        chosen.pop("optim.muon_lr", None)
     return [Layer("chosen for the conversations", without_limits(chosen, given))]
 
 
