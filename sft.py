@@ -49,8 +49,9 @@ def main(argv: Sequence[str]) -> int:
         settled = settle(config, tokenizer, sources, dist)
         model = build_model(settled, partial(adapt, config=config))
         objective = answers_objective(config, settled.shape.vocab_size)
+        base_path, must_agree = base_of(config)
         some_answers = partial(answer_some, model, settled)
-        trainer = make_trainer(settled, model, objective, run, trackers, *base_of(config), some_answers)
+        trainer = make_trainer(settled, model, objective, run, trackers, base_path, must_agree, some_answers)
         if not begin(trainer, run, tokenizer, start, config.model.path):
             return 0
         if not start:

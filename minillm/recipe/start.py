@@ -84,7 +84,7 @@ def begin(
     """Give the trainer what it goes on from, and write down what the run is; False where the run is over already."""
     dist = trainer.dist
     if model_path and (trainer.base_path or not checkpoint_path):
-        start_from(model_path, trainer)
+        start_from(model_path, trainer, evaluated=not checkpoint_path)
     if checkpoint_path:
         trainer.resume(checkpoint_path, hashed=True)
         LOGGER.info("resumed from %s", checkpoint_path)
@@ -98,11 +98,11 @@ def begin(
     return True
 
 
-def start_from(path: str, trainer: Trainer) -> None:
-    """Give the model the weights of an earlier one, and say how well it does on this text before the first step."""
+def start_from(path: str, trainer: Trainer, evaluated: bool) -> None:
+    """Give the model the weights of an earlier one, and, if asked for, say how well it does on this text with them."""
     trainer.dist.at("reading the weights", checkpoint.PATIENCE)
     folder, said = load_base(path, unwrapped(trainer.model), trainer.seed, trainer.saver.dist), ""
-    if trainer.evaluate:
+    if trainer.evaluate and evaluated:
         with trainer.autocast():
             said = f": val loss {trainer.evaluate(trainer.raise_if_stopped)['val_loss']:.4f} before the first step"
     LOGGER.info("weights from %s%s", folder, said)

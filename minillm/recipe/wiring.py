@@ -155,7 +155,7 @@ def make_trainer(
     """
     config, dist = settled.config, settled.dist
     shape, tokenizer, sources = settled.shape, settled.tokenizer, settled.sources
-    evaluate = make_evaluation(model, NextToken(shape.vocab_size), tokenizer, held_out(sources), config, dist)
+    plain_loss = NextToken(shape.vocab_size)
     optim, train, log = config.optim, config.train, config.log
     with memory_explained(settled.advice):
         optimizer = build_optimizer(model, optim)
@@ -179,7 +179,7 @@ def make_trainer(
         dist=dist,
         grad_clip=optim.grad_clip,
         seed=config.run.seed,
-        evaluate=evaluate and (lambda raise_if_stopped: evaluate(raise_if_stopped) | more_figures()),
+        evaluate=make_evaluation(model, plain_loss, tokenizer, held_out(sources), config, dist, more_figures),
         run=run,
         log_every=log.every,
         flops_per_token=flops_per_token(shape, config.data.seq_len),
@@ -210,8 +210,9 @@ def make_evaluation(
     sources: list[Source],
     config: RecipeConfig,
     dist: Context,
+    more_figures: Callable[[], dict[str, float]] = dict,
 ) -> Callable[[Callable[[], None]], dict[str, float]] | None:
-    """Loss and bits per byte over the whole validation split of each source; None where there is none."""
+    """Loss and bits per byte over the whole validation split of each source, and more; None where there is none."""
     if not sources:
         return None
     token_bytes = token_byte_lengths(tokenizer)
@@ -228,7 +229,8 @@ def make_evaluation(
             evaluate(model, batches(source), objective, token_bytes, dist.sum, dist.device) for source in sources
         ]
         if not sources[0].name:
-            return figures[0]
-        return mixture([(source.name, source.share, found) for source, found in zip(sources, figures)])
+            return figures[0] | more_figures()
+        whole = mixture([(source.name, source.share, found) for source, found in zip(sources, figures)])
+        return whole | more_figures()
 
     return run_evaluation
