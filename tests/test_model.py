@@ -490,11 +490,14 @@ def test_a_compiled_block_takes_the_masks_of_accelerators(path, monkeypatch):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_single_vector_gives_what_several_do(bias):
-    linear, x = Linear(24, 10, bias=bias), torch.randn(3, 2, 24)
+def test_few_vectors_give_what_many_do(bias):
+    linear, x = Linear(24, 10, bias=bias), torch.randn(3, 4, 24)
     with torch.no_grad():
-        one_by_one = torch.stack([linear(row) for row in x.view(6, 1, 1, 24)]).view(3, 2, 10)
-        torch.testing.assert_close(one_by_one, F.linear(x, linear.weight, linear.bias))
+        expected = F.linear(x, linear.weight, linear.bias)
+        for rows in (1, 2, 4):
+            some = torch.cat([linear(few) for few in x.view(-1, rows, 1, 24)]).view(3, 4, 10)
+            torch.testing.assert_close(some, expected)
+        assert linear(x[:0]).shape == (0, 4, 10)
     linear(x[0, :1]).sum().backward()
     torch.testing.assert_close(linear.weight.grad, x[0, :1].expand(10, -1))
 

@@ -13,19 +13,23 @@ from torch import Tensor, nn
 from minillm.model.config import ModelConfig
 from minillm.model.fused import RMSNormFunction, SwiGLUFunction, rms_norm
 
+FEW_ROWS = 4  # vectors at once, on a CPU
+
 
 class Linear(nn.Linear):
-    """nn.Linear; on a CPU a single vector is multiplied as if there were two, which is faster.
+    """nn.Linear; on a CPU a few vectors are multiplied from the other side, and one as if there were two: faster.
 
-    What takes the time is reading the weights, and MKL reads them at 10 GB/s for one vector and at 17 for two (x86 with
-    AVX512, one thread, 1408 x 512 in fp32).
+    What takes the time is reading the weights. MKL reads those of 1408 x 512 in fp32 (x86 with AVX512, one thread) in
+    0.29 ms for one vector, 0.39 for two and 0.34 for four; as W x^T in 0.14 for two, 0.23 for four and 0.59 for eight.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.numel() != self.in_features or not x.is_cpu:
+        n = x.numel() // self.in_features
+        if torch.is_grad_enabled() or not x.is_cpu or not 0 < n <= FEW_ROWS:
             return F.linear(x, self.weight, self.bias)
-        pair = x.reshape(1, -1).expand(2, -1).contiguous()  # (2, in)
-        y = (self.weight @ pair.T)[:, 0].contiguous().view(*x.shape[:-1], -1)  # (..., out)
+        rows = x.reshape(n, -1)  # (n, in)
+        rows = rows if n > 1 else rows.expand(2, -1).contiguous()
+        y = (self.weight @ rows.T)[:, :n].T.contiguous().view(*x.shape[:-1], -1)  # (..., out)
         return y if self.bias is None else y + self.bias
 
 
