@@ -12,6 +12,7 @@ import pytest
 import train
 from minillm.distributed.parallelize import parallelize
 from minillm.log import read_metrics, run_command
+from minillm.recipe import wiring
 
 SMALL = """
 [tokenizer]
@@ -129,7 +130,7 @@ def what_is_left(directory, words, capsys, monkeypatch):
         recomputed.append(how)  # nothing else tells whether something was computed again
         return parallelize(model, *how, **more)
 
-    monkeypatch.setattr(train, "parallelize", watched)
+    monkeypatch.setattr(wiring, "parallelize", watched)
     capsys.readouterr()
     code = run_command(train.main, ["small.toml", "--run.dir", str(directory), *words])
     samples = capsys.readouterr().out.count("▸")

@@ -12,7 +12,7 @@ from minillm.losses import matmul_dtype
 from minillm.model.attention import Attention, Cache, make_masks
 from minillm.model.config import ModelConfig
 from minillm.model.init import init_weights
-from minillm.model.layers import Linear, make_mlp, make_norm
+from minillm.model.layers import make_mlp, make_norm
 from minillm.model.masks import Mask, number_documents, restart_positions
 from minillm.model.rope import Rope, Rotation, no_rotation
 
@@ -47,7 +47,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = make_norm(config)
-        self.lm_head = Linear(config.dim, config.padded_vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.dim, config.padded_vocab_size, bias=False)
         self.tie_embeddings()
         if not self.embed.weight.is_meta:
             init_weights(self)
