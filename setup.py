@@ -7,7 +7,7 @@ EXTRAS = {
     "track": ["tensorboard", "wandb"],
     "plot": ["matplotlib"],
     "eval": ["sacrebleu", "rouge_chinese", "jieba"],
-    "bench": ["transformers", "datasketch", "peft"],
+    "bench": ["transformers", "datasketch", "peft", "trl"],
 }
 EXTRAS["test"] = sorted({"pytest", "pytest-xdist", "ruff", "transformers", "datasketch"}.union(*EXTRAS.values()))
 
