@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from watched import failure, losses
 
 import train
 from minillm import checkpoint, cli
@@ -24,7 +25,7 @@ from minillm.data.shards import prepare
 from minillm.data.store import Prepared
 from minillm.distributed.context import Context
 from minillm.eval.perplexity import mixture
-from minillm.log import read_metrics, run_command
+from minillm.log import run_command
 from minillm.losses import IGNORE_INDEX
 from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken
@@ -381,22 +382,6 @@ def run(*words):
     return run_command(train.main, ["small.toml", *map(str, words)])
 
 
-def failure(capsys, *words):
-    capsys.readouterr()
-    assert run(*words) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") - error[: error.index("error: ")].count("\n") == 1, error
-    return error[error.index("error: ") :]
-
-
-def losses(directory):
-    keys = ("step", "tokens", "loss", "lr", "grad_norm")
-    return [
-        {key: row[key] for key in row if key in keys or key.startswith("val_")}
-        for row in read_metrics(Path(directory) / "metrics.jsonl")
-    ]
-
-
 def weights(directory):
     manifest = checkpoint.read(checkpoint.latest(Path(directory) / "checkpoints"))[1]
     return {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
@@ -512,7 +497,7 @@ def test_resuming_with_another_mixture_is_refused(workplace, capsys, words, diff
     assert run() == 0
     Path("red2.jsonl").write_text('{"text": "a rose"}\n' * 99)
     before = weights("run"), losses("run")
-    message = failure(capsys, "--run.resume", "auto", "--train.max_steps", 20, *words)
+    message = failure(capsys, run, "--run.resume", "auto", "--train.max_steps", 20, *words)
     assert "another run than the one to be continued" in message
     assert difference in message
     assert (weights("run"), losses("run")) == before
@@ -531,7 +516,7 @@ def test_resuming_with_another_mixture_is_refused(workplace, capsys, words, diff
 def test_a_mistake_in_a_source_is_one_line_and_nothing_is_written(workplace, capsys, words, message):
     Path("empty.txt").write_text("")
     Path("short.txt").write_text("ab")
-    assert message in failure(capsys, *words)
+    assert message in failure(capsys, run, *words)
     assert not Path("run/config.json").exists()
     assert not Path("run/checkpoints").exists()
 

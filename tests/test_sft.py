@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
+from watched import failure, losses
 
 import minillm
 import sft
@@ -14,7 +15,7 @@ from minillm import checkpoint, cli
 from minillm.data.batch import Batch
 from minillm.data.config import ConversationsConfig
 from minillm.data.corpus import with_questions
-from minillm.log import read_metrics, run_command
+from minillm.log import run_command
 from minillm.lora import adapted
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -74,21 +75,6 @@ def run(*words):
     return run_command(sft.main, ["small.toml", *map(str, words)])
 
 
-def failure(capsys, *words):
-    """The one line that a command fails with."""
-    capsys.readouterr()
-    assert run(*words) == 1
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error[error.index("error: ") :]
-
-
-def losses(directory):
-    keys = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")
-    rows = read_metrics(Path(directory) / "metrics.jsonl")
-    return [{key: row[key] for key in keys if key in row} for row in rows]
-
-
 def weights(directory):
     return minillm.load(directory)[0].state_dict()
 
@@ -131,7 +117,7 @@ def test_the_loss_does_not_depend_on_how_a_step_is_divided(workplace):
     whole = losses("runs/4")
     for rows in (1, 2):
         for ours, theirs in zip(losses(f"runs/{rows}"), whole):
-            assert ours == pytest.approx(theirs, rel=1e-4)
+            assert ours == pytest.approx({key: theirs[key] for key in ours}, rel=1e-4)  # cut, it generates nothing
 
 
 def tune(directory, words):
@@ -146,7 +132,7 @@ def test_two_ranks_train_what_one_does(workplace, words):
     assert tune(workplace, ["--run.dir", "runs/one", *words]) == 0
     assert run_ranks(2, tune, workplace, ["--run.dir", "runs/two", *words]) == [0, 0]
     for ours, theirs in zip(losses("runs/two"), losses("runs/one")):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert ours == pytest.approx({key: theirs[key] for key in ours}, rel=1e-4)  # cut, it generates nothing
     one, two = (json.loads(Path(f"runs/{name}/summary.json").read_text()) for name in ("one", "two"))
     if "fsdp" in words:
         assert "exact_match" not in two, "weights that are cut over ranks do not generate"
@@ -306,7 +292,7 @@ def test_the_embedded_questions_hold_out_what_is_asked_of_three_families(tmp_pat
     ids=str,
 )
 def test_a_mistake_is_told_in_one_line(workplace, capsys, words, said):
-    line = failure(capsys, *words)
+    line = failure(capsys, run, *words)
     assert said in line
     assert not Path("runs/tuned/config.json").exists()
 

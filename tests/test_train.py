@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from small import write_small
+from watched import failure, losses
 
 import minillm
 import train
@@ -46,20 +47,6 @@ def weights(directory):
     """The hashes of the newest checkpoint's tensor files: weights and moments, to the bit."""
     manifest = checkpoint.read(checkpoint.latest(Path(directory) / "checkpoints"))[1]
     return {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
-
-
-def losses(directory):
-    keys = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss", "val_bpb")
-    return [{key: row.get(key) for key in keys} for row in read_metrics(Path(directory) / "metrics.jsonl")]
-
-
-def failure(capsys, *words):
-    """The one line that a command fails with."""
-    capsys.readouterr()
-    assert run(*words) == 1
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error[error.index("error: ") :]
 
 
 def test_penalties_are_trained_with_and_reported_beside_the_loss(workplace):
@@ -118,7 +105,7 @@ def test_another_seed_gives_another_run(workplace):
 def test_a_finished_run_is_not_overwritten_and_resuming_it_is_no_error(workplace, capsys):
     assert run("--run.resume", "auto") == 0
     before = losses("runs/small")
-    assert "continue it with --run.resume auto" in failure(capsys)
+    assert "continue it with --run.resume auto" in failure(capsys, run)
     assert run("--run.resume", "auto") == 0
     assert "the run is finished at step 12" in capsys.readouterr().err
     assert losses("runs/small") == before
@@ -143,7 +130,7 @@ def test_resuming_with_changed_text_is_refused(workplace, capsys):
     assert run() == 0
     with open("text.txt", "a") as file:
         file.write("\none more line about a cat")
-    message = failure(capsys, "--run.resume", "auto", "--train.max_steps", 20)
+    message = failure(capsys, run, "--run.resume", "auto", "--train.max_steps", 20)
     assert "another run than the one to be continued" in message
     assert "data_hash was" in message
 
@@ -151,7 +138,7 @@ def test_resuming_with_changed_text_is_refused(workplace, capsys):
 def test_resuming_with_another_shape_is_refused_and_nothing_is_lost(workplace, capsys):
     assert run() == 0
     before = weights("runs/small")
-    message = failure(capsys, "--run.resume", "auto", "--train.max_steps", 20, "--model.dim", 64)
+    message = failure(capsys, run, "--run.resume", "auto", "--train.max_steps", 20, "--model.dim", 64)
     assert "model.dim was 32, is 64" in message
     assert weights("runs/small") == before
 
@@ -201,13 +188,13 @@ def test_the_text_may_move_and_the_cache_may_go_between_two_parts_of_a_run(workp
 )
 def test_resuming_as_another_run_is_refused(workplace, capsys, words, difference):
     assert run() == 0
-    assert difference in failure(capsys, "--run.resume", "auto", "--train.max_steps", 20, *words)
+    assert difference in failure(capsys, run, "--run.resume", "auto", "--train.max_steps", 20, *words)
 
 
 def test_resuming_another_run_never_overwrites_this_one(workplace, capsys):
     assert run() == run("--run.dir", "runs/other") == 0
     before = weights("runs/small"), losses("runs/small")
-    assert "holds a run already" in failure(capsys, "--run.resume", "runs/other", "--train.max_steps", 20)
+    assert "holds a run already" in failure(capsys, run, "--run.resume", "runs/other", "--train.max_steps", 20)
     assert (weights("runs/small"), losses("runs/small")) == before
 
 
@@ -216,7 +203,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_with_where_it_is_named(workplace, c
     saved = workplace / "runs/small/checkpoints/step-00000010"
     damage(saved / "optim-00000.safetensors")
     words = ["--run.dir", "runs/more", "--run.resume", saved]
-    assert "optim-00000.safetensors: not what was saved" in failure(capsys, *words)
+    assert "optim-00000.safetensors: not what was saved" in failure(capsys, run, *words)
 
 
 def damage(file):
@@ -230,7 +217,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(workplace, c
     for path in workplace.glob("runs/small/checkpoints/*/state.json"):
         path.unlink()
     before = sorted(path.name for path in workplace.glob("runs/small/checkpoints/*"))
-    assert "none of its checkpoints is whole" in failure(capsys, "--run.resume", "auto", "--train.max_steps", 20)
+    assert "none of its checkpoints is whole" in failure(capsys, run, "--run.resume", "auto", "--train.max_steps", 20)
     assert sorted(path.name for path in workplace.glob("runs/small/checkpoints/*")) == before
 
 
@@ -318,14 +305,14 @@ def test_a_prepared_folder_is_trained_on(workplace, capsys):
 )
 def test_a_mistake_is_one_clear_line_and_nothing_is_written(workplace, capsys, words, message):
     (workplace / "empty.txt").write_text("")
-    assert message in failure(capsys, *words)
+    assert message in failure(capsys, run, *words)
     assert not (workplace / "runs" / "small" / "config.json").exists()
     assert not (workplace / "runs" / "small" / "checkpoints").exists()
 
 
 def test_five_mistakes_come_in_one_report(workplace, capsys):
     words = ["--optim.lrr", 1, "--train.max_steps", "many", "--model.dropout", 1.5, "--model.n_heads", 5]
-    message = failure(capsys, *words, "--data.val", "hash x")
+    message = failure(capsys, run, *words, "--data.val", "hash x")
     assert "5 problems" in message
     for name in ("optim.lrr", "train.max_steps", "model.dropout", "model.n_heads", "data.val"):
         assert name in message
@@ -341,7 +328,7 @@ def test_five_mistakes_come_in_one_report(workplace, capsys):
     ],
 )
 def test_a_mistake_does_not_hide_the_next(workplace, capsys, words, names):
-    message = failure(capsys, *words)
+    message = failure(capsys, run, *words)
     assert "2 problems" in message
     for name in names:
         assert name in message
@@ -512,7 +499,7 @@ def test_a_second_run_in_the_same_directory_is_refused(workplace, forks, capsys)
     process = start(forks, "--train.max_steps", 5000)
     while not losses("runs/small"):
         time.sleep(0.02)
-    message = failure(capsys, "--run.resume", "auto")
+    message = failure(capsys, run, "--run.resume", "auto")
     process.signal(0, signal.SIGKILL)
     assert process.wait() == [-9]
     assert f"in use by process {process.processes[0]}" in message
@@ -537,7 +524,7 @@ def test_a_disk_that_is_full_while_saving_is_one_line_and_the_earlier_checkpoint
     assert run("--run.dir", directory, "--train.max_steps", 5) == 0
     before = weights(directory)
     fill()
-    message = failure(capsys, "--run.dir", directory, "--run.resume", "auto")
+    message = failure(capsys, run, "--run.dir", directory, "--run.resume", "auto")
     assert f"error: {directory}/checkpoints/step-00000010: cannot be written: the " in message
     assert message.count("\n") == 1
     assert weights(directory) == before
@@ -554,7 +541,7 @@ def test_a_run_directory_that_is_read_only_is_one_line_and_its_checkpoints_stay(
     if os.geteuid() == 0:
         os.seteuid(65534)
     try:
-        message = failure(capsys, "--run.resume", "auto", "--train.max_steps", 20)
+        message = failure(capsys, run, "--run.resume", "auto", "--train.max_steps", 20)
     finally:
         if os.getuid() == 0:
             os.seteuid(0)
@@ -713,7 +700,7 @@ def test_a_spike_is_reported_with_the_lines_of_the_text_and_norms_come_on_reques
 
 def test_a_tracker_whose_extra_is_missing_is_named_before_anything_is_written(workplace, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    assert "pip install 'minillm[track]'" in failure(capsys, "--log.tensorboard")
+    assert "pip install 'minillm[track]'" in failure(capsys, run, "--log.tensorboard")
     assert sorted(path.name for path in workplace.iterdir()) == ["small.toml", "text.txt"]
 
 
