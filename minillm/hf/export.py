@@ -8,6 +8,7 @@ tokenizer.json, ...               as minillm/tokenizer/to_hf.py writes them
 """
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -32,7 +33,14 @@ from minillm.tokenizer.to_hf import hugging_face_files
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# How the tokenizer of every Qwen2 and Qwen2.5 cuts a text into words, by its tokenizer.json.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+logger = logging.getLogger("minillm")
 
 
 def write(
@@ -77,7 +85,17 @@ def write(
         files = hugging_face_files(tokenizer, config.max_seq_len, chat.jinja if chat else None)
         for name, content in files.items():
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        if family.model_type == "qwen2" and not cuts_as_qwen2(files["tokenizer.json"]):
+            logger.warning(
+                "the tokenizer cuts words otherwise than Qwen2's, which AutoTokenizer of transformers 5 makes of any "
+                "that is beside a qwen2; PreTrainedTokenizerFast.from_pretrained reads it as it is"
+            )
     write_shards(folder, theirs, data, limit)
+
+
+def cuts_as_qwen2(description: str) -> bool:
+    """Whether a tokenizer.json cuts a text into words as that of every Qwen2 does."""
+    return json.dumps(QWEN2_WORDS) in json.dumps(json.loads(description)["pre_tokenizer"])
 
 
 def copy_generation_config(source: Path, folder: Path) -> None:
