@@ -12,7 +12,7 @@ from typing import TypeVar
 from minillm.data.config import ConversationsConfig, DataConfig, StoriesOrTextConfig
 from minillm.data.mixture import PLACES, Source, refuse_too_many, shares, whole_places
 from minillm.data.shards import corpus_files, prepare, size_of_text
-from minillm.data.store import Prepared, is_prepared, open_prepared, read_index
+from minillm.data.store import Prepared, is_prepared, marks_of, open_prepared, read_index
 from minillm.data.stories import write_questions, write_stories
 from minillm.data.text import documents, named_files
 from minillm.files import atomic_directory, locked
@@ -165,7 +165,6 @@ def identity(sources: list[Source]) -> dict[str, str | None]:
 def content_hash(prepared: Prepared) -> str:
     """A hash of the tokens themselves and of their split: the same for the same text under another name."""
     splits = prepared.info["splits"].values()
-    masks = [split["trained"] for split in splits if "trained" in split]
     parts = [part["sha256"] for split in splits for part in (*split["shards"], split["offsets"])]
-    parts += [mask["sha256"] for mask in masks]
+    parts += [mark["sha256"] for split in splits for mark in marks_of(split)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()

@@ -62,7 +62,7 @@ class Loader:
         self.targets_per_epoch = sum(rows.targets_per_epoch for rows in self.rows)
         self.check_size()
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if prefetch else None
-        self.ahead: tuple[int, Future[torch.Tensor]] | None = None  # (cursor, its rows), being read
+        self.ahead: tuple[int, Future[Batch]] | None = None  # (cursor, its rows), being read
 
     def check_size(self) -> None:
         for rows in self.rows:
@@ -87,21 +87,21 @@ class Loader:
         nobody wait for the device.
         """
         ahead, self.ahead = self.ahead, None
-        host = ahead[1].result() if ahead is not None and ahead[0] == cursor else self.read(cursor)
+        rows = ahead[1].result() if ahead is not None and ahead[0] == cursor else self.read(cursor)
         if self.pool is not None:
             following = cursor + self.samples_per_step
             self.ahead = following, self.pool.submit(self.read, following)
-        return [Batch(*host[:, i]) for i in range(self.forwards)]
+        B = self.micro_batch_size
+        return [rows.rows(first, first + B) for first in range(0, self.forwards * B, B)]
 
-    def read(self, cursor: int) -> torch.Tensor:
-        """This rank's rows of a step, in host memory: (fields, forwards, B, T)."""
+    def read(self, cursor: int) -> Batch:
+        """This rank's rows of a step, in host memory."""
         mine = [  # dealt like cards
             (self.rows[source].store, self.rows[source].spans(epoch, row))
             for source, epoch, row in self.samples(cursor)[self.dp_rank :: self.dp_size]
         ]
         mine += [(self.rows[0].store, PADDING)] * (self.forwards * self.micro_batch_size - len(mine))
-        host = gather(mine, self.seq_len, self.packing, can_pin(self.device))
-        return host.view(-1, self.forwards, self.micro_batch_size, self.seq_len)  # (fields, forwards * B, T) -> 4 axes
+        return gather(mine, self.seq_len, self.packing, can_pin(self.device))
 
     def samples(self, cursor: int) -> list[tuple[int, int, int]]:
         """(source, epoch of it, row in the epoch) of each sample of a step, over all ranks."""
@@ -159,8 +159,7 @@ def eval_batches(
         mine = rows[dp_rank::dp_size]
         spans = [plain_spans(n_targets, seq_len, 0, row) if plan is None else plan.pieces(row) for row in mine]
         spans += [PADDING] * (-(-len(rows) // dp_size) - len(spans))
-        host = gather([(store, span) for span in spans], seq_len, plan is not None, can_pin(torch.device(device)))
-        yield Batch(*host)
+        yield gather([(store, span) for span in spans], seq_len, plan is not None, can_pin(torch.device(device)))
 
 
 def can_pin(device: torch.device) -> bool:

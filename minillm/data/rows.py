@@ -6,6 +6,14 @@ A row of either kind is a list of spans, stretches of the corpus laid side by si
 tokens: the inputs, and the same shifted by one, the targets. Places that are left over are padding: token 0, target
 IGNORE_INDEX. In a packed row padding is, for positions and doc_ids, one more piece, so that attention need not know
 of it: a position always counts from where the doc_id changed.
+
+A document may be a tree, a prompt and several answers to it. Each answer is a branch, which begins with a copy of the
+prompt's last token, the one that predicts its first; so a target is the next token here too:
+
+    tokens      p0 p1 p2 p3 c0 c1 p3 r0 r1        the prompt p0 .. p3, chosen c0 c1, rejected r0 r1
+    branches     0  0  0  1  1  1  2  2  2
+    positions    0  1  2  3  4  5  3  4  5
+    targets      -  -  - c0 c1  - r0 r1           "-" is not learned, as the document says of its tokens
 """
 
 from functools import lru_cache, partial
@@ -14,6 +22,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from minillm.data.batch import Batch
 from minillm.data.order import epoch_offset, source_seed
 from minillm.data.packing import Plan, plan_rows
 from minillm.losses import IGNORE_INDEX
@@ -25,8 +34,9 @@ PADDING: Spans = ([], [])  # a row that reads nothing
 class Store(Protocol):
     """What is read of a TokenStore; anything with these can be trained on.
 
-    A `directory` attribute, where there is one, says where the packing plan is kept; a method `trained`, like `tokens`,
-    which tokens are learned.
+    A `directory` attribute, where there is one, says where the packing plan is kept. Methods like `tokens`, where there
+    are any, say more of each token, or None: `trained` whether it is learned, `branches` the branch of the tree that it
+    is in, `reference` its log-probability under a reference model, given what it follows.
     """
 
     n_tokens: int
@@ -92,34 +102,44 @@ def read_ring(store: Store, start: int, stop: int) -> np.ndarray:
     return np.concatenate([store.tokens(start, store.n_tokens), store.tokens(0, stop - store.n_tokens)])
 
 
-def learned(store: Store, start: int, stop: int) -> np.ndarray | None:
-    """Which of the tokens start .. stop - 1 of a packed row are learned; None where all are."""
-    return store.trained(start, stop) if hasattr(store, "trained") else None
+def beside(store: Store, name: str, start: int, stop: int) -> np.ndarray | None:
+    """What `trained`, `branches` or `reference` says of the tokens start .. stop - 1; None where it says nothing."""
+    return getattr(store, name)(start, stop) if hasattr(store, name) else None
 
 
-def gather(rows: list[tuple[Store, Spans]], seq_len: int, packed: bool, pinned: bool = False) -> torch.Tensor:
-    """Read rows, each from its own store, into one int64 tensor in host memory.
-
-    Returns: (2, R, T), tokens and targets; packed rows (4, R, T), positions and doc_ids too.
-    """
-    host = torch.empty((4 if packed else 2, len(rows), seq_len), dtype=torch.int64, pin_memory=pinned)
+def gather(rows: list[tuple[Store, Spans]], seq_len: int, packed: bool, pinned: bool = False) -> Batch:
+    """Read rows, each from its own store, into host memory."""
+    branched, referenced = (
+        packed and any(beside(store, name, 0, 0) is not None for store, _ in rows) for name in ("branches", "reference")
+    )
+    fields = 4 + branched if packed else 2
+    host = torch.empty((fields, len(rows), seq_len), dtype=torch.int64, pin_memory=pinned)
     arrays = host.numpy()
     tokens, targets = arrays[:2]
+    reference = torch.zeros((len(rows), seq_len), pin_memory=pinned) if referenced else None
+    arrays[4:] = 0
     for row, (store, (starts, lengths)) in enumerate(rows):
         column = 0
         for start, length in zip(starts, lengths):
-            window = read_ring(store, start, start + length + 1)
-            tokens[row, column : column + length] = window[:-1]
-            targets[row, column : column + length] = window[1:]
-            trained = learned(store, start, start + length + 1)
+            here, stop = slice(column, column + length), start + length + 1
+            window = read_ring(store, start, stop)
+            tokens[row, here] = window[:-1]
+            targets[row, here] = window[1:]
+            trained = beside(store, "trained", start, stop)
             if trained is not None:
-                targets[row, column : column + length][trained[1:] == 0] = IGNORE_INDEX
+                targets[row, here][trained[1:] == 0] = IGNORE_INDEX
+            if branched and (branches := beside(store, "branches", start, stop)) is not None:
+                arrays[4, row, here] = branches[:-1]
+            if referenced and (logprobs := beside(store, "reference", start, stop)) is not None:
+                reference.numpy()[row, here] = np.where(targets[row, here] == IGNORE_INDEX, 0, logprobs[1:])
             column += length
         tokens[row, column:] = 0
         targets[row, column:] = IGNORE_INDEX
     if packed:
-        arrays[2:] = number_pieces([lengths for _, (_, lengths) in rows], seq_len)
-    return host
+        arrays[2:4] = number_pieces([lengths for _, (_, lengths) in rows], seq_len)
+    if branched:
+        arrays[2] = branch_positions(*arrays[2:])
+    return Batch(*host)._replace(reference=reference)
 
 
 def number_pieces(lengths: list[list[int]], seq_len: int) -> np.ndarray:
@@ -129,6 +149,18 @@ def number_pieces(lengths: list[list[int]], seq_len: int) -> np.ndarray:
     numbers = np.array([number for row in filled for number in range(len(row))])
     positions = np.arange(flat.sum()) - np.repeat(np.cumsum(flat) - flat, flat)
     return np.stack([positions, np.repeat(numbers, flat)]).reshape(2, len(lengths), seq_len)
+
+
+def branch_positions(positions: np.ndarray, doc_ids: np.ndarray, branches: np.ndarray) -> np.ndarray:
+    """Positions of which those of each branch go on from the end of its prompt; all are (R, T)."""
+    R, T = positions.shape
+    place = np.arange(T)
+    begins = np.ones((R, T), dtype=bool)  # a prompt, a branch
+    begins[:, 1:] = (np.diff(branches) != 0) | (np.diff(doc_ids) != 0)
+    since = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    pieces = np.arange(R)[:, None] * T + doc_ids  # numbered over all rows
+    prompts = np.bincount(pieces.ravel(), weights=(branches == 0).ravel(), minlength=R * T).astype(np.int64)
+    return np.where(branches == 0, positions, prompts[pieces] + since)
 
 
 def excerpts(store: Store, spans: Spans) -> list[Excerpt]:

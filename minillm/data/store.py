@@ -4,6 +4,7 @@
     train-00000.npy ...   token ids, uint16 or uint32; all but the last shard are equally long
     train-offsets.npy     int64, n_documents + 1: document i is tokens offsets[i] .. offsets[i + 1] - 1
     train-trained.npy     of conversations: uint8 a token, 1 where it is learned
+    train-branches.npy    of preferences instead: twice the branch it is in, 1 more where it is learned (data/rows.py)
     train-sources.npy     (file, line) of each document: a row of `files` in the index, and the line where it starts
     val-...               the same for what is held out
 
@@ -28,6 +29,7 @@ SOURCE = np.dtype([("file", "<u4"), ("line", "<u8")])
 SMALL = 2**26  # bytes: tokens up to 64 MiB are verified in full at every open, some 0.1 s
 SAMPLES = 16  # of larger ones, so many pages of each shard are looked at
 PAGE = 2048  # tokens
+MARKS = ("trained", "branches")  # files with a byte a token, of which a split has one or none
 STRIDE = 2**22  # items looked at together, so that checking needs little memory
 
 
@@ -49,7 +51,9 @@ class TokenStore:
         self.shard_tokens = len(self.shards[0])
         self.document_offsets = open_array(directory, entry["offsets"])
         self.sources = open_array(directory, entry["sources"])
-        self.mask = open_array(directory, entry["trained"]) if "trained" in entry else None
+        self.branched = "branches" in entry
+        self.marks = next((open_array(directory, mark) for mark in marks_of(entry)), None)
+        self.logprobs: np.ndarray | None = None
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens start .. stop - 1, in the stored type: a view of the file, a copy only where shards meet."""
@@ -67,7 +71,22 @@ class TokenStore:
 
     def trained(self, start: int, stop: int) -> np.ndarray | None:
         """Which of the tokens start .. stop - 1 are learned, uint8; None where all are."""
-        return None if self.mask is None else self.mask[start:stop]
+        return None if self.marks is None else self.marks[start:stop] & 1
+
+    def branches(self, start: int, stop: int) -> np.ndarray | None:
+        """The branch that each of the tokens start .. stop - 1 is in, uint8; None where documents are no trees."""
+        return self.marks[start:stop] >> 1 if self.branched else None
+
+    def reference(self, start: int, stop: int) -> np.ndarray | None:
+        """log p of the tokens start .. stop - 1 under a reference, each given what it follows; None where not given."""
+        return None if self.logprobs is None else self.logprobs[start:stop]
+
+    def give_reference(self, logprobs: np.ndarray) -> None:
+        """Have `reference` read these, one a token; of those that are not learned nothing is asked."""
+        if logprobs.shape != (self.n_tokens,) or logprobs.dtype != np.float32:
+            found = f"{logprobs.dtype} {logprobs.shape}, expected float32 ({self.n_tokens},)"
+            raise ValueError(f"{self.directory}: log-probabilities of another text: {found}")
+        self.logprobs = logprobs
 
     def document(self, number: int) -> np.ndarray:
         """The tokens of a document, bos and eos included."""
@@ -181,6 +200,11 @@ def open_array(directory: Path, entry: dict) -> np.ndarray:
     return np.asarray(array)  # still the mapped file; slices of np.memmap itself are slow
 
 
+def marks_of(entry: dict) -> list[dict]:
+    """The file of a split that says more of each token, if it has one."""
+    return [entry[name] for name in MARKS if name in entry]
+
+
 def dtype_of(entry: dict) -> np.dtype:
     return SOURCE if entry["dtype"] == "source" else np.dtype(entry["dtype"])
 
@@ -199,8 +223,7 @@ def damage(directory: Path, index: dict) -> Iterator[str]:
         ordered = all((np.diff(offsets[at : at + STRIDE + 1]) >= 2).all() for at in range(0, len(offsets), STRIDE))
         if offsets[0] != 0 or offsets[-1] != entry["n_tokens"] or not ordered:
             yield f"{directory / entry['offsets']['file']}: the offsets are not those of documents; {advice(directory)}"
-        masks = [entry["trained"]] if "trained" in entry else []
-        for file in (*entry["shards"], entry["offsets"], entry["sources"], *masks):
+        for file in (*entry["shards"], entry["offsets"], entry["sources"], *marks_of(entry)):
             found = sha256(directory / file["file"])
             if found != file["sha256"]:
                 hashes = f"sha256 {found}, expected {file['sha256']}"
