@@ -5,6 +5,7 @@ from minillm.generate.params import SamplingParams
 from minillm.generate.request import Completion
 from minillm.load import default_params, load, save
 from minillm.lora import LoRAConfig, apply_lora, merge_lora
+from minillm.losses import dpo_loss
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -22,6 +23,7 @@ __all__ = [
     "Transformer",
     "apply_lora",
     "default_params",
+    "dpo_loss",
     "generate",
     "load",
     "load_tokenizer",
