@@ -12,7 +12,8 @@ from minillm.model.masks import (
     Mask,
     attend_reference,
     document_borders,
-    document_lengths,
+    find_segments,
+    number_branches,
     number_documents,
     restart_positions,
     visible,
@@ -30,6 +31,14 @@ def random_qkv(B: int, T: int, S: int, H: int, K: int, d: int = 8) -> list[torch
 def random_documents(B: int, T: int, mean_length: int, seed: int = 0) -> torch.Tensor:
     starts = torch.rand(B, T, generator=torch.Generator().manual_seed(seed)) < 1 / mean_length
     return number_documents(starts.cumsum(dim=1))
+
+
+def random_trees(B: int, T: int, mean_length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Prompts followed by none, one or several branches; a few of the branches have no prompt."""
+    runs = random_documents(B, T, mean_length, seed)
+    generator = torch.Generator().manual_seed(seed)
+    branches = torch.randint(4, (B, T), generator=generator).gather(1, runs)
+    return dict(zip(("doc_ids", "branches"), number_branches(branches, runs // 5)))
 
 
 def output_and_gradients(path, qkv: list[torch.Tensor], mask: Mask) -> list[torch.Tensor]:
@@ -50,8 +59,6 @@ def prepared(path: str, mask: Mask, B: int, T: int, device: str = "cpu") -> Mask
     mask.path = path
     if path == "dense":
         mask.dense = visible(mask, range(mask.offset, mask.offset + T), range(mask.offset + T), device)
-    elif path == "documents":
-        mask.lengths = document_lengths(mask.doc_ids)
     elif path in attention.PREPARATIONS:
         attention.PREPARATIONS[path](mask, B, T, device)
     return mask
@@ -84,9 +91,26 @@ def test_the_rule_is_what_it_says(causal, window, packed):
         assert seen[b if packed else 0, 0, i - 5, j - 2] == expected
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 3, 5])
+def test_a_branch_sees_its_prompt_and_itself(causal, window):
+    """As the pairs that the texts [prompt, branch] have by themselves, text by text, and no others."""
+    doc_ids, branches = number_branches(torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 3, 0, 0, 1]]))
+    texts = [[0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7], [0, 1, 2, 8], [9, 10, 11]]
+    prompts = [3, 3, 3, 2]
+    seen = visible(Mask(causal, 0, doc_ids, window, branches=branches), range(12), range(12), torch.device("cpu"))
+    expected = torch.zeros(12, 12, dtype=torch.bool)
+    for text, prompt in zip(texts, prompts):
+        for i, j in itertools.product(range(len(text)), range(len(text))):
+            near = window is None or abs(i - j) < window
+            expected[text[i], text[j]] |= near and (j <= i if causal else i >= prompt or j < prompt)
+    assert torch.equal(seen[0, 0], expected)
+
+
 # --- every path equals the reference ----------------------------------------------------------------------------------
 
 T = 300
+LONG = [0] * 30 + [1] * 60 + [2] * 210
 RULES = {
     "plain": {},
     "window of 1": {"window": 1},
@@ -95,6 +119,10 @@ RULES = {
     "documents": {"doc_ids": random_documents(2, T, 60)},
     "small documents": {"doc_ids": random_documents(2, T, 3)},
     "documents and window": {"doc_ids": random_documents(2, T, 100), "window": 20},
+    "trees": random_trees(2, T, 30),
+    "small trees": random_trees(2, T, 3),
+    "a long branch": dict(zip(("doc_ids", "branches"), number_branches(torch.tensor([LONG, LONG[::-1]])))),
+    "trees and window": random_trees(2, T, 60) | {"window": 20},
 }
 CAN = {  # which rules a path can carry out
     "full": lambda rule, causal: not rule and not causal,
@@ -138,7 +166,13 @@ def test_every_path_equals_the_reference_on_a_gpu(path, rule, causal, heads):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
     if path == "varlen" and not kernels.has_varlen(
-        torch.device("cuda"), torch.bfloat16, 64, heads[0] != heads[1], causal, "window" in RULES[rule]
+        torch.device("cuda"),
+        torch.bfloat16,
+        64,
+        heads[0] != heads[1],
+        causal,
+        "window" in RULES[rule],
+        "branches" in RULES[rule],
     ):
         pytest.skip("varlen_attn does not run here")
     fields = {name: value.cuda() if torch.is_tensor(value) else value for name, value in RULES[rule].items()}
@@ -154,7 +188,8 @@ def test_every_path_equals_the_reference_on_a_gpu(path, rule, causal, heads):
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_model_with_windows_equals_the_cpu_on_a_gpu(dtype, compile):
+@pytest.mark.parametrize("branched", [False, True])
+def test_a_packed_model_with_windows_equals_the_cpu_on_a_gpu(dtype, compile, branched):
     """With the paths that are chosen there, in a model whose blocks may be compiled; batch after batch."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
@@ -167,10 +202,10 @@ def test_a_packed_model_with_windows_equals_the_cpu_on_a_gpu(dtype, compile):
         block.compile()
     for seed in range(3):
         tokens = torch.randint(0, 50, (2, T), generator=torch.Generator().manual_seed(seed))
-        doc_ids = random_documents(2, T, 60, seed)
-        expected, gradients = exact(tokens, doc_ids=doc_ids), []
+        packed = random_trees(2, T, 60, seed) if branched else {"doc_ids": random_documents(2, T, 60, seed)}
+        expected, gradients = exact(tokens, **packed), []
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            logits = model(tokens.cuda(), doc_ids=doc_ids.cuda())
+            logits = model(tokens.cuda(), **{name: numbers.cuda() for name, numbers in packed.items()})
         for output in (expected, logits):
             output.float().logsumexp(-1).sum().backward()
         for one in (exact, model):
@@ -247,13 +282,13 @@ def test_the_kernels_follow_from_the_device(monkeypatch):
     wide = ModelConfig(vocab_size=10, dim=64, n_heads=4)
 
     def found(config, dtype, dropout=False):
-        return list(kernels_for(config, device, dtype, dropout, windowed=False))
+        return list(kernels_for(config, device, dtype, dropout, windowed=False, branched=False))
 
     assert found(wide, torch.bfloat16) == ["varlen"]
     assert found(wide, torch.float32) == ["flex"]
     assert found(CONFIG, torch.float32) == []
     assert found(wide, torch.bfloat16, dropout=True) == []
-    assert list(kernels_for(wide, torch.device("cpu"), torch.float32, True, False)) == ["documents"]
+    assert list(kernels_for(wide, torch.device("cpu"), torch.float32, True, False, False)) == ["documents"]
 
 
 def test_a_kernel_that_does_not_run_is_not_used():
@@ -261,18 +296,21 @@ def test_a_kernel_that_does_not_run_is_not_used():
     assert not kernels.has_flex(torch.device("cpu"), 64)
 
 
+@pytest.mark.parametrize("branched", [True, False])
 @pytest.mark.parametrize("windowed", [True, False])
 @pytest.mark.parametrize("right", [True, False])
-def test_a_kernel_is_used_only_where_its_numbers_are_right(right, windowed, monkeypatch):
-    """The kernel is played by the reference, once with a window one token too wide."""
+def test_a_kernel_is_used_only_where_its_numbers_are_right(right, windowed, branched, monkeypatch):
+    """The kernel is played by the reference, once with a window one token too wide, or one that knows no branches."""
 
     def played(q, k, v, mask, dropout=0.0):
         wrong = Mask(mask.causal, doc_ids=None if mask.window is None else mask.doc_ids, window=(mask.window or 0) + 1)
+        if branched:
+            wrong = Mask(mask.causal, doc_ids=mask.doc_ids, window=mask.window)
         return attend_reference(q, k, v, mask if right else wrong)
 
     monkeypatch.setattr(kernels, "attend_varlen", played)
     kernels.has_varlen.__wrapped__.cache_clear()
-    assert kernels.has_varlen(torch.device("cpu"), torch.bfloat16, 64, True, True, windowed) == right
+    assert kernels.has_varlen(torch.device("cpu"), torch.bfloat16, 64, True, True, windowed, branched) == right
     kernels.has_varlen.__wrapped__.cache_clear()
 
 
@@ -288,29 +326,38 @@ def test_varlen_is_told_the_rule_in_the_words_of_its_version():
 
 
 @pytest.mark.parametrize("options", [{"window_size", "enable_gqa"}, {"window_size"}, {"is_causal"}])
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", [{}, {"doc_ids": random_documents(3, 50, 10)}, random_trees(3, 50, 6)])
 def test_varlen_is_handed_what_it_takes(options, packed, monkeypatch):
-    """Torch's function is played by one that cuts at the borders it is given and attends in each piece."""
+    """Torch's function is played by one that cuts at the borders it is given and attends in each piece, in which the
+    queries are the last of the keys.
+    """
 
     def played(q, k, v, borders, borders_k, longest, longest_k, **given):
         assert set(given) == options
         assert q.shape[1] == k.shape[1] or "enable_gqa" in given
-        assert (borders.dtype, borders_k is borders) == (torch.int32, True)
+        assert (borders.dtype, borders_k.dtype) == (torch.int32, torch.int32)
         assert longest == longest_k == 50
+        assert max(borders.diff().max(), borders_k.diff().max()) <= 50
         causal = given.get("is_causal", given.get("window_size") == (-1, 0))
-        pieces = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in itertools.pairwise(borders.tolist())]
-        return torch.cat([attend_reference(*piece, Mask(causal))[0].transpose(0, 1) for piece in pieces])
+        segments = zip(*(x.split(each.diff().tolist()) for x, each in ((q, borders), (k, borders_k), (v, borders_k))))
+        return torch.cat(
+            [
+                attend_reference(
+                    *(x.transpose(0, 1)[None] for x in segment), Mask(causal, offset=len(segment[1]) - len(segment[0]))
+                )[0].transpose(0, 1)
+                for segment in segments
+            ]
+        )
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", played)
     monkeypatch.setattr(kernels, "varlen_parameters", lambda: frozenset(options))
-    doc_ids = random_documents(3, 50, 10) if packed else None
-    check_path(prepared("varlen", Mask(True, doc_ids=doc_ids), 3, 50), random_qkv(3, 50, 50, 4, 2))
+    check_path(prepared("varlen", Mask(True, **packed), 3, 50), random_qkv(3, 50, 50, 4, 2))
 
 
 def test_borders_are_where_documents_begin_and_rows_end():
     doc_ids = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 2, 2]])
     assert document_borders(doc_ids).tolist() == [0, 2, 4, 8, 9, 10, 12]
-    assert document_lengths(doc_ids) == [2, 2, 4, 1, 1, 2]
+    assert [len(segment.queries) for segment in find_segments(Mask(True, doc_ids=doc_ids))] == [2, 2, 4, 1, 1, 2]
     mask = prepared("varlen", Mask(True, window=2), 3, 4)
     assert mask.borders.tolist() == [0, 4, 8, 12]
 
@@ -321,6 +368,31 @@ def test_blocks_that_no_query_sees_are_left_out_of_flex():
     assert packed.sum() == 4 * 3  # a document of two blocks: three of its four, for each of four documents
     window = prepared("flex", Mask(True, window=128), 1, 1024).blocks.to_dense()[0, 0]
     assert window.sum() == 8 + 7  # each block and the one before it
+
+
+@pytest.mark.parametrize(
+    ("causal", "segments"),
+    [
+        (True, [((0, 0), (0, 5)), ((0, 2), (5, 7)), ((0, 0), (7, 8)), ((0, 0), (8, 9)), ((0, 0), (9, 10))]),
+        (
+            False,
+            [
+                ((0, 0), (0, 2)),
+                ((0, 2), (2, 5)),
+                ((0, 2), (5, 7)),
+                ((0, 0), (7, 8)),
+                ((0, 0), (8, 9)),
+                ((0, 0), (9, 10)),
+            ],
+        ),
+    ],
+)
+def test_a_prompt_and_its_first_branch_are_one_segment_where_nobody_looks_ahead(causal, segments):
+    doc_ids, branches = number_branches(
+        torch.tensor([[0, 0, 1, 1, 1, 2, 2, 0, 1, 2]]), torch.tensor([[0] * 7 + [1, 2, 2]])
+    )
+    found = find_segments(Mask(causal, doc_ids=doc_ids, branches=branches))
+    assert [((p.start, p.stop), (q.start, q.stop)) for p, q in found] == segments
 
 
 def test_there_is_one_mask_for_each_window():
@@ -338,10 +410,17 @@ def test_one_document_a_row_needs_no_mask():
     assert make_mask(CONFIG, torch.zeros(3, 6), doc_ids=doc_ids, window=2).path == "window"
 
 
+def test_one_answer_a_prompt_and_row_needs_no_mask():
+    doc_ids, branches = number_branches(torch.tensor([[0, 0, 0, 1, 1, 1], [0, 2, 2, 2, 2, 2]]))
+    assert make_mask(CONFIG, torch.zeros(2, 6), doc_ids=doc_ids, branches=branches).path == "causal"
+
+
 def test_many_small_documents_go_through_one_call_and_long_rows_document_by_document():
     small, large = random_documents(2, 16, 4), random_documents(2, 1024, 100)
     assert make_mask(CONFIG, torch.zeros(2, 16), doc_ids=small).path == "dense"
     assert make_mask(CONFIG, torch.zeros(2, 1024), doc_ids=large).path == "documents"
+    assert make_mask(CONFIG, torch.zeros(2, 16), **random_trees(2, 16, 4)).path == "dense"
+    assert make_mask(CONFIG, torch.zeros(2, 1024), **random_trees(2, 1024, 50)).path == "documents"
 
 
 def test_attention_weights_are_dropped_at_the_given_rate():
@@ -364,7 +443,30 @@ def test_documents_are_runs_of_equal_ids():
     assert restart_positions(doc_ids).tolist() == [[0, 1, 0, 0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 0]]
 
 
-@pytest.mark.parametrize("rule", [{"doc_ids": (torch.arange(2048) // 64)[None]}, {"window": 64}])
+def test_branches_are_runs_behind_a_prompt_and_their_positions_go_on_from_its_end():
+    """A branch that comes back is another; a prompt begins a document, and a document may have none."""
+    branches = torch.tensor([[0, 0, 1, 1, 2, 1], [1, 1, 2, 0, 0, 7], [0, 2, 2, 0, 1, 1]])
+    numbered = [[0, 0, 2, 2, 3, 4], [1, 1, 2, 0, 0, 4], [0, 2, 2, 0, 4, 5]]
+    doc_ids, numbers = number_branches(branches, torch.tensor([[3] * 6, [3] * 6, [0, 0, 0, 0, 0, 1]]))
+    assert doc_ids.tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 2]]
+    assert numbers.tolist() == numbered
+    positions = [[0, 1, 2, 3, 2, 2], [0, 1, 0, 0, 1, 2], [0, 1, 2, 0, 1, 0]]
+    assert restart_positions(doc_ids, numbers).tolist() == positions
+    assert restart_positions(doc_ids, branches).tolist() == positions
+
+
+PAIRS = (torch.arange(2048) % 96 // 32)[None]  # prompt, chosen, rejected, each of 32 tokens
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"doc_ids": (torch.arange(2048) // 64)[None]},
+        {"window": 64},
+        dict(zip(("doc_ids", "branches"), number_branches(PAIRS))),
+    ],
+    ids=["documents", "window", "trees"],
+)
 def test_the_fast_paths_never_build_the_whole_square(rule):
     """What autograd keeps grows with the documents or the window, not with the square of the row."""
     B, T, H, d = 1, 2048, 2, 8

@@ -249,6 +249,77 @@ def test_packed_documents_are_as_if_each_were_alone(style, causal):
         torch.testing.assert_close(packed[row : row + 1, start:stop], alone, atol=1e-5, rtol=1e-5)
 
 
+# Two rows: a pair, a prompt by itself and an answer without a prompt; then three answers, and a text without any.
+TREES = torch.tensor(
+    [[0] * 6 + [1] * 5 + [2] * 7 + [0] * 3 + [0] * 2 + [2] * 1, [0] * 4 + [1] * 4 + [2] + [3] * 6 + [0] * 9]
+)
+TREE_DOCUMENTS = torch.tensor([[0] * 18 + [1] * 3 + [2] * 3, [0] * 15 + [1] * 9])
+TEXTS = (  # row, places of the prompt, places of what follows it
+    (0, range(0, 6), range(6, 11)),
+    (0, range(0, 6), range(11, 18)),
+    (0, range(18, 21), range(0)),
+    (0, range(21, 23), range(23, 24)),
+    (1, range(0, 4), range(4, 8)),
+    (1, range(0, 4), range(8, 9)),
+    (1, range(0, 4), range(9, 15)),
+    (1, range(15, 24), range(0)),
+)
+
+
+@pytest.mark.parametrize("path", ["chosen", "documents", "dense"])
+def test_answers_that_share_their_prompt_are_as_if_each_had_its_own(style, path, monkeypatch):
+    """In float64, the log-probabilities of answers, a loss of them, and its gradients."""
+    if path == "documents":
+        monkeypatch.setattr(attention, "COST_OF_A_SEGMENT", 0)
+    elif path == "dense":
+        monkeypatch.setattr(attention, "COST_OF_A_SEGMENT", 1e12)
+    model = build(**style).double()
+    tokens, targets = some_tokens(2, 24), some_tokens(2, 24, seed=1)
+    shared = (
+        model(tokens, doc_ids=TREE_DOCUMENTS, branches=TREES).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    )
+    together, apart = [], []
+    for row, prompt, answer in TEXTS:
+        places = [*prompt, *answer]
+        logprobs = model(tokens[row, places][None]).log_softmax(-1)[0].gather(-1, targets[row, places, None])[:, 0]
+        torch.testing.assert_close(shared[row, places], logprobs, rtol=1e-10, atol=1e-10)
+        learned = answer or prompt
+        together.append(shared[row, learned].sum())
+        apart.append(logprobs[-len(learned) :].sum())
+    gradients = []
+    for sums in (together, apart):
+        loss = -F.logsigmoid(torch.stack(sums[1:]) - sums[0]).sum()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+def test_in_fp32_too_they_are_as_if_each_had_its_own_prompt(style):
+    """Gradients within 1e-5 of their size."""
+    model, tokens = build(**style), some_tokens(2, 24)
+    shared, gradients = model(tokens, doc_ids=TREE_DOCUMENTS, branches=TREES).logsumexp(-1), []
+    alone = [model(tokens[row, [*prompt, *answer]][None]).logsumexp(-1)[0] for row, prompt, answer in TEXTS]
+    together = torch.stack([shared[row, answer or prompt].sum() for row, prompt, answer in TEXTS])
+    apart = torch.stack([text[-len(answer or prompt) :].sum() for text, (_, prompt, answer) in zip(alone, TEXTS)])
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    for sums in (together, apart):
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(sums.sum(), list(model.parameters()))]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("cost", [0, 1e12])
+def test_what_is_said_in_one_branch_changes_nothing_in_another(style, cost, monkeypatch):
+    """Bit for bit, whether attention goes segment by segment or through one mask; and it reaches its own branch."""
+    monkeypatch.setattr(attention, "COST_OF_A_SEGMENT", cost)
+    model, tokens = build(**style), some_tokens(2, 24)
+    changed = tokens.clone()
+    changed[0, 6] = (tokens[0, 6] + 1) % TINY["vocab_size"]
+    changed[1, 9:11] = (tokens[1, 9:11] + 1) % TINY["vocab_size"]
+    before, after = (model(x, doc_ids=TREE_DOCUMENTS, branches=TREES) for x in (tokens, changed))
+    reached = (before != after).any(-1)
+    assert reached[0].nonzero().flatten().tolist() == list(range(6, 11))
+    assert reached[1].nonzero().flatten().tolist() == list(range(9, 15))
+
+
 def test_positions_can_be_given():
     model = build(position="learned")
     tokens = some_tokens(1, 4)
@@ -426,9 +497,10 @@ def test_gradients_written_by_hand_are_those_of_autograd():
     torch.testing.assert_close(mlp(x), plain)
 
 
+@pytest.mark.parametrize("branched", [False, True])
 @pytest.mark.parametrize("window", [None, 60])
-def test_a_compiled_block_equals_eager(window):
-    """Without and with packed documents, whose number may change without compiling again."""
+def test_a_compiled_block_equals_eager(window, branched):
+    """Without and with packed documents, or pairs, whose number may change without compiling again."""
     torch._dynamo.reset()  # or what another test compiled is found again
     fields = STYLES["qwen3"] | {"n_layers": 1, "max_seq_len": 256, "window": window}
     eager, compiled = build(**fields), build(**fields)
@@ -437,10 +509,11 @@ def test_a_compiled_block_equals_eager(window):
     frames = []
     for border in (None, 100, 200):
         doc_ids = None if border is None else (torch.arange(256) % border == 0).cumsum(0).expand(4, -1)
+        branches = (torch.arange(256) % border // 30).expand(4, -1) if border and branched else None
         results = []
         for model in (eager, compiled):
             model.zero_grad()
-            logits = model(tokens, doc_ids=doc_ids)
+            logits = model(tokens, doc_ids=doc_ids, branches=branches)
             logits.logsumexp(-1).sum().backward()
             results.append((logits, [p.grad for p in model.parameters()]))
         torch.testing.assert_close(*results)
@@ -449,23 +522,29 @@ def test_a_compiled_block_equals_eager(window):
 
 
 @torch.library.custom_op("minillm_tests::by_pieces", mutates_args={})
-def by_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders: torch.Tensor, window: int) -> torch.Tensor:
+def by_pieces(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders: torch.Tensor, borders_k: torch.Tensor, window: int
+) -> torch.Tensor:
     """What varlen_attn computes, and as opaque to the compiler as that is."""
-    rule = Mask(causal=True, window=None if window < 0 else window + 1)
-    pieces = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in itertools.pairwise(borders.tolist())]
-    return torch.cat([attend_reference(*piece, rule)[0].transpose(0, 1) for piece in pieces])
+    pieces = []
+    for (a, b), (start, stop) in zip(itertools.pairwise(borders.tolist()), itertools.pairwise(borders_k.tolist())):
+        rule = Mask(causal=True, offset=stop - start - (b - a), window=None if window < 0 else window + 1)
+        qkv = (x.transpose(0, 1)[None] for x in (q[a:b], k[start:stop], v[start:stop]))
+        pieces.append(attend_reference(*qkv, rule)[0].transpose(0, 1))
+    return torch.cat(pieces)
 
 
-by_pieces.register_fake(lambda q, k, v, borders, window: torch.empty_like(q))
+by_pieces.register_fake(lambda q, k, v, borders, borders_k, window: torch.empty_like(q))
 
 
 def varlen_of_a_cpu(q, k, v, borders, borders_k, longest, longest_k, *, window_size, enable_gqa):
-    return by_pieces(q, k, v, borders, window_size[0])
+    return by_pieces(q, k, v, borders, borders_k, window_size[0])
 
 
 @pytest.mark.filterwarnings("ignore:.*unfused implementation")
+@pytest.mark.parametrize("branched", [False, True])
 @pytest.mark.parametrize("path", ["flex", "varlen"])
-def test_a_compiled_block_takes_the_masks_of_accelerators(path, monkeypatch):
+def test_a_compiled_block_takes_the_masks_of_accelerators(path, branched, monkeypatch):
     """New documents, and another number of them, without compiling again; forward, which is what a CPU can show."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of_a_cpu)
     torch._dynamo.reset()
@@ -477,11 +556,13 @@ def test_a_compiled_block_takes_the_masks_of_accelerators(path, monkeypatch):
     frames = []
     with torch.no_grad():
         for border in (100, 50, 90, 30):
-            doc_ids = (torch.arange(256) % border == 0).cumsum(0).expand(2, -1)
+            packed = {"doc_ids": (torch.arange(256) % border == 0).cumsum(0).expand(2, -1)}
+            if branched:
+                packed["branches"] = (torch.arange(256) % border // 12).expand(2, -1)
             monkeypatch.setattr(attention, "kernels_for", lambda *args: (path,))
-            logits = compiled(tokens, doc_ids=doc_ids)
+            logits = compiled(tokens, **packed)
             monkeypatch.setattr(attention, "kernels_for", lambda *args: ())
-            torch.testing.assert_close(logits, eager(tokens, doc_ids=doc_ids), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(logits, eager(tokens, **packed), atol=1e-5, rtol=1e-5)
             frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert frames[1] == frames[-1]  # the second may compile again, for any number of documents
 
@@ -619,6 +700,10 @@ def test_inputs_that_do_not_fit_are_refused():
         model(some_tokens(1, 3), caches=caches)
     with pytest.raises(ValueError, match=r"doc_ids has shape \(1, 3\); tokens and caches need \(1, 4\)"):
         model(some_tokens(1, 4), doc_ids=torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"branches has shape \(1, 3\); tokens have \(1, 4\)"):
+        model(some_tokens(1, 4), branches=torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="branches do not go with caches"):
+        model(some_tokens(1, 2), branches=torch.zeros(1, 32, dtype=torch.long), caches=caches)
     bidirectional = build(causal=False)
     caches = [ListCache() for _ in bidirectional.blocks]
     bidirectional(some_tokens(1, 4), caches=caches)

@@ -30,7 +30,7 @@ def whole(tensor):
 
 
 def two_micro_batches(config, chosen, options):
-    """Weights, and gradients of two micro-batches, on each rank."""
+    """Weights, and gradients of two micro-batches, the second of pairs, on each rank."""
     with connect("cpu", timeout=60) as dist:
         model, dist = build(config, dist, chosen, **options)
         weights = {name: whole(parameter).detach().clone() for name, parameter in parameter_names(model).items()}
@@ -38,7 +38,8 @@ def two_micro_batches(config, chosen, options):
         for i, tokens in enumerate(rows):
             mine = tokens[dist.dp_rank :: dist.dp_size]
             with gradient_sync(model, last=i == 1):
-                logits = model(mine)
+                branches = torch.tensor([0] * 6 + [1] * 5 + [2] * 5).expand_as(mine) if i else None
+                logits = model(mine, branches=branches)
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), mine.flatten(), reduction="sum")
                 (loss * dist.dp_size / rows.numel()).backward()
         held = sum(local_part(parameter)[0].numel() for parameter in parameter_names(model).values())

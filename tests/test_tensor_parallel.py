@@ -74,15 +74,16 @@ def all_losses(lm_head, hidden, targets):
 
 
 def difference(model, reference, compare_gradients=True):
-    """The largest relative distance of values and gradients, over a packed batch and one without a target."""
+    """The largest relative distance of values and gradients, over a packed batch and one of pairs without a target."""
     tokens, targets, doc_ids = packed_batch()
     found = []
-    for batch_targets in (targets, torch.full_like(targets, IGNORE_INDEX)):
+    pairs = (torch.arange(T) % 5).clamp(max=2).expand_as(tokens)
+    for batch_targets, branches in ((targets, None), (torch.full_like(targets, IGNORE_INDEX), pairs)):
         head = partial(all_losses, targets=batch_targets)
         results, gradients = [], []
         for each in (model, reference):
             each.zero_grad()
-            chunked, plain, logprobs, logits = each(tokens, doc_ids=doc_ids, head=head)
+            chunked, plain, logprobs, logits = each(tokens, doc_ids=doc_ids, branches=branches, head=head)
             (chunked.total + 2 * plain.total + logprobs.square().sum() + 0.1 * logits.square().sum()).backward()
             results.append([*chunked, *plain, logprobs, logits])
             gradients.append({name: p.grad for name, p in parameter_names(each).items()})

@@ -17,7 +17,16 @@ from minillm.model.config import ModelConfig
 from minillm.model.fused import OverlappingSlices
 from minillm.model.kernels import attend_flex, attend_varlen, has_flex, has_varlen, prepare_flex, prepare_varlen
 from minillm.model.layers import Linear, RMSNorm
-from minillm.model.masks import Mask, Path, attend_reference, document_lengths, expand_groups, visible
+from minillm.model.masks import (
+    Mask,
+    Path,
+    Segment,
+    attend_reference,
+    expand_groups,
+    find_segments,
+    places_of_keys,
+    visible,
+)
 from minillm.model.rope import Rotation
 
 
@@ -31,9 +40,9 @@ class Cache(Protocol):
         """Takes the new (B, K, T, d), returns all of them (B, K, S, d)."""
 
 
-# Running a document by itself costs, beside its own work, as much time as this many products of a query and a key
+# Running a segment by itself costs, beside its own work, as much time as this many products of a query and a key
 # entry in one big call. Measured on x86 with one and two threads: 0.15 ms against 0.25 ns.
-COST_OF_A_DOCUMENT = 700_000
+COST_OF_A_SEGMENT = 700_000
 
 # Torch's CPU kernel takes 512 keys at once, also those that come after the query. Four slices of queries look at 5/8 of
 # the square instead: 20 to 25% less time, forward and backward, at T = 512, and 10% at 1024. Beyond, the kernel leaves
@@ -41,6 +50,10 @@ COST_OF_A_DOCUMENT = 700_000
 SLICED_ABOVE, SLICED_UP_TO = 256, 1024
 
 WINDOW_BLOCK = 128  # queries at a time over their window; more look at keys in vain, fewer cost more calls
+
+# From so many queries on, a branch behind its prompt is faster in blocks, each over the keys up to its own end: a
+# quarter less time for 500 behind 500, half for 1800 behind 200.
+BRANCH_IN_BLOCKS_FROM = 192
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
@@ -54,15 +67,16 @@ def make_masks(
     dtype: torch.dtype = torch.float32,
     dropout: bool = False,
     offsets: Tensor | None = None,
+    branches: Tensor | None = None,
 ) -> dict[int | None, Mask]:
     """The mask of each window that blocks have, None being that of blocks without one.
 
     Args: tokens (B, T), of which only shape and device matter; offset, how many keys a cache holds before them;
     doc_ids (B, offset + T), numbered; dtype, of queries and keys; dropout, whether attention weights are dropped;
-    offsets (B,), how many keys each row holds, where they differ.
+    offsets (B,), how many keys each row holds, where they differ; branches (B, offset + T), numbered, with doc_ids.
     """
     return {
-        window: make_mask(config, tokens, offset, doc_ids, window, dtype, dropout, offsets)
+        window: make_mask(config, tokens, offset, doc_ids, window, dtype, dropout, offsets, branches)
         for window in set(config.windows)
     }
 
@@ -76,24 +90,26 @@ def make_mask(
     dtype: torch.dtype = torch.float32,
     dropout: bool = False,
     offsets: Tensor | None = None,
+    branches: Tensor | None = None,
 ) -> Mask:
     """Chooses the fastest path for the rule and prepares what it needs; arguments as in `make_masks`."""
     T = tokens.shape[1]
     if window is not None and window >= offset + T:
         window = None  # nothing is as far away
-    mask = Mask(config.causal, offset, doc_ids, window, offsets)
+    mask = Mask(config.causal, offset, doc_ids, window, offsets, branches)
     kernels: Collection[str] = ()
     if offset == 0 and (doc_ids is not None or window is not None):
-        kernels = kernels_for(config, tokens.device, dtype, dropout, window is not None)
+        kernels = kernels_for(config, tokens.device, dtype, dropout, window is not None, branches is not None)
     mask.path = choose_path(mask, T, kernels)
     if mask.path == "documents":
-        mask.lengths = document_lengths(doc_ids)
-        if len(mask.lengths) == len(tokens):  # a row is a document
-            mask.doc_ids = None
+        mask.segments = find_segments(mask)
+        if len(mask.segments) == len(tokens):  # a row is one
+            mask.doc_ids = mask.branches = None
             mask.path = choose_path(mask, T)
         else:
-            saved = tokens.numel() * T - sum(length * reach(mask, length) for length in mask.lengths)
-            if saved * config.n_heads * config.head_dim <= len(mask.lengths) * COST_OF_A_DOCUMENT:
+            work = sum(len(segment.queries) * reach(mask, segment.n_keys) for segment in mask.segments)
+            saved = tokens.numel() * T - work
+            if saved * config.n_heads * config.head_dim <= len(mask.segments) * COST_OF_A_SEGMENT:
                 mask.path = "dense"
     if mask.path == "dense":
         mask.dense = visible(mask, range(offset, offset + T), range(offset + T), tokens.device)
@@ -123,7 +139,7 @@ def choose_path(mask: Mask, T: int, kernels: Collection[str] = ()) -> Path:
 
 
 def kernels_for(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, dropout: bool, windowed: bool
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, dropout: bool, windowed: bool, branched: bool
 ) -> Collection[Path]:
     """The paths, beside those that always work, that the device has for such queries and keys."""
     if device.type == "cpu":
@@ -132,16 +148,37 @@ def kernels_for(
         return ()  # neither of the two drops attention weights
     grouped = config.n_heads != config.n_kv_heads
     found: list[Path] = []
-    if has_varlen(device, dtype, config.head_dim, grouped, config.causal, windowed):
+    if has_varlen(device, dtype, config.head_dim, grouped, config.causal, windowed, branched):
         found.append("varlen")
     elif has_flex(device, config.head_dim):
         found.append("flex")
     return found
 
 
-def reach(mask: Mask, length: int) -> int:
-    """How many keys are looked at for a query of a document of that length."""
-    return length if mask.window is None else min(length, mask.window + WINDOW_BLOCK)
+def reach(mask: Mask, n_keys: int) -> int:
+    """How many keys are looked at for a query of a segment of so many."""
+    return n_keys if mask.window is None else min(n_keys, mask.window + WINDOW_BLOCK)
+
+
+def prepare_documents(mask: Mask, B: int, T: int, device: torch.device) -> None:
+    """Gives the mask what `attend_documents` needs: segments, where their keys are, and the rule within each."""
+    mask.segments = mask.segments or find_segments(mask)
+    if mask.branches is not None:
+        mask.key_places = places_of_keys(mask.segments, device)
+    mask.within = [rule_within(segment, mask, device) for segment in mask.segments]
+
+
+def rule_within(segment: Segment, mask: Mask, device: torch.device) -> Mask:
+    """Who sees whom in a segment: a branch stands behind its prompt as new tokens stand behind a cache."""
+    n, n_keys = len(segment.queries), segment.n_keys
+    window = mask.window if mask.window is not None and mask.window < n_keys else None
+    rule = Mask(mask.causal, len(segment.prompt), window=window)
+    rule.path = choose_path(rule, n)
+    if rule.path == "dense" and n >= BRANCH_IN_BLOCKS_FROM:
+        rule.path, rule.window = "window", n_keys
+    elif rule.path == "dense":
+        rule.dense = visible(rule, range(len(segment.prompt), n_keys), range(n_keys), device)
+    return rule
 
 
 # --- carrying out -----------------------------------------------------------------------------------------------------
@@ -214,26 +251,28 @@ def window_of(queries: range, mask: Mask, S: int) -> range:
 # does the same, but imports the compiler at once, which takes seconds.)
 @torch._disable_dynamo
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
-    """Attention of each packed document by itself, so that no time goes into pairs that may not see each other."""
+    """Attention of each segment of packed rows by itself: no time goes into pairs that may not see each other."""
     B, H, T, d = q.shape
 
-    def by_document(x: Tensor) -> tuple[Tensor, ...]:
-        rows = x.transpose(1, 2).reshape(B * T, -1, d)  # (B*T, H, d): the documents of all rows in one line
-        return rows.split(mask.lengths)  # one node for autograd, where slices would be a full-size gradient each
+    def in_line(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).reshape(B * T, -1, d)  # (B*T, H, d): the segments of all rows in one line
 
-    def alone(length: int) -> Mask:
-        rule = Mask(mask.causal, window=mask.window if mask.window and mask.window < length else None)
-        rule.path = choose_path(rule, length)
-        return rule
-
+    q, k, v = in_line(q), in_line(k), in_line(v)
+    if mask.key_places is not None:
+        k, v = k.index_select(0, mask.key_places), v.index_select(0, mask.key_places)  # (keys, K, d)
+    n_queries = [len(segment.queries) for segment in mask.segments]
+    n_keys = [segment.n_keys for segment in mask.segments]
+    # split is one node for autograd, where slices would be a full-size gradient each
+    segments = zip(q.split(n_queries), k.split(n_keys), v.split(n_keys), mask.within)
     pieces = [
-        attend(*(x.transpose(0, 1)[None] for x in document), alone(len(document[0])), dropout)[0].transpose(0, 1)
-        for document in zip(by_document(q), by_document(k), by_document(v))
+        attend(*(x.transpose(0, 1)[None] for x in segment), rule, dropout)[0].transpose(0, 1)
+        for *segment, rule in segments
     ]  # (t, H, d) each
     return torch.cat(pieces).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
 
 
 PREPARATIONS: dict[str, Callable[[Mask, int, int, torch.device], None]] = {
+    "documents": prepare_documents,
     "varlen": prepare_varlen,
     "flex": prepare_flex,
 }

@@ -9,12 +9,21 @@ Shapes: B batch, T time, H heads, K key/value heads, d head_dim.
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minillm.model.masks import Mask, attend_reference, document_borders, expand_groups
+from minillm.model.masks import (
+    Mask,
+    attend_reference,
+    document_borders,
+    expand_groups,
+    find_segments,
+    places_of_keys,
+    restart_positions,
+)
 
 SMALLEST_FLEX_HEAD = 16  # below, Triton's dot product has no instruction
 
@@ -22,11 +31,17 @@ SMALLEST_FLEX_HEAD = 16  # below, Triton's dot product has no instruction
 
 
 def prepare_varlen(mask: Mask, B: int, T: int, device: torch.device) -> None:
-    """Gives the mask what `attend_varlen` needs: the borders of documents, or of rows where there are none."""
-    if mask.doc_ids is not None:
-        mask.borders = document_borders(mask.doc_ids)
+    """Gives the mask what `attend_varlen` needs: the borders of segments, or of rows where there are no documents."""
+    if mask.branches is not None:
+        segments = find_segments(mask)
+        mask.key_places = places_of_keys(segments, device)
+        lengths = [(len(segment.queries), segment.n_keys) for segment in segments]
+        borders = [list(accumulate(each, initial=0)) for each in zip(*lengths)]
+        mask.borders, mask.key_borders = torch.tensor(borders, dtype=torch.int32).to(device).unbind()
+    elif mask.doc_ids is not None:
+        mask.borders = mask.key_borders = document_borders(mask.doc_ids)
     else:
-        mask.borders = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device)
+        mask.borders = mask.key_borders = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device)
     mask.options = varlen_options(mask.causal, mask.window, varlen_parameters())
 
 
@@ -53,29 +68,40 @@ def varlen_parameters() -> frozenset[str]:
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
-    """Every document by itself, all of them in one call of the flash kernel. Shapes as in `attend`."""
+    """Every segment by itself, all of them in one call of the flash kernel. Shapes as in `attend`."""
     from torch.nn.attention.varlen import varlen_attn
 
     assert not dropout, "varlen_attn cannot drop attention weights"
     B, H, T, d = q.shape
     if "enable_gqa" not in mask.options:
         k, v = expand_groups(q, k, v)
-    rows = [x.transpose(1, 2).reshape(B * T, -1, d) for x in (q, k, v)]  # (B*T, H or K, d)
-    y = varlen_attn(*rows, mask.borders, mask.borders, T, T, **mask.options)  # T: no document is longer
+    q, k, v = (x.transpose(1, 2).reshape(B * T, -1, d) for x in (q, k, v))  # (B*T, H or K, d)
+    if mask.key_places is not None:
+        k, v = k.index_select(0, mask.key_places), v.index_select(0, mask.key_places)  # (keys, K, d)
+    # fewer queries than keys are the last of them; T: no segment is longer
+    y = varlen_attn(q, k, v, mask.borders, mask.key_borders, T, T, **mask.options)
     return y.view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
 
 
 @torch._disable_dynamo
 @lru_cache
 def has_varlen(
-    device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool, causal: bool, windowed: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    grouped: bool,
+    causal: bool,
+    windowed: bool,
+    branched: bool = False,
 ) -> bool:
     """Whether varlen_attn runs there and gives the right numbers, forward and backward: by trying it on two documents.
 
     The answer depends on the device, on the versions of torch and of its kernels, on the dtype and the head's width.
     """
     T, H, K = 24, 4, 2 if grouped else 4
-    mask = Mask(causal, doc_ids=torch.arange(T, device=device)[None] // 16, window=5 if windowed else None)
+    places = torch.arange(T, device=device)[None]
+    branches = places % 16 // 6 if branched else None  # a prompt and two branches; a prompt and one
+    mask = Mask(causal, doc_ids=places // 16, window=5 if windowed else None, branches=branches)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         waves = torch.linspace(0, 99, (H + 2 * K) * T * head_dim, device=device).sin().view(1, -1, T, head_dim)
         qkv = [x.detach().to(dtype).requires_grad_() for x in waves.split([H, K, K], dim=1)]
@@ -99,18 +125,25 @@ def prepare_flex(mask: Mask, B: int, T: int, device: torch.device) -> None:
 
     make = create_block_mask if device.type == "cpu" else compiled("create_block_mask")
     rows = B if mask.doc_ids is not None else None
-    mask.blocks = make(flex_rule(mask.causal, mask.doc_ids, mask.window), rows, None, T, T, device=device)
+    rule = flex_rule(mask.causal, mask.doc_ids, mask.window, mask.branches)
+    mask.blocks = make(rule, rows, None, T, T, device=device)
 
 
-def flex_rule(causal: bool, doc_ids: Tensor | None, window: int | None) -> Callable[..., Tensor]:
+def flex_rule(
+    causal: bool, doc_ids: Tensor | None, window: int | None, branches: Tensor | None = None
+) -> Callable[..., Tensor]:
     """The rule as FlexAttention wants it: a function of row, head, query and key."""
+    positions = restart_positions(doc_ids, branches) if branches is not None else None
 
     def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = j <= i if causal else j == j
         if window is not None:
-            seen = seen & (i - j < window) & (j - i < window)
+            apart = i - j if positions is None else positions[b, i] - positions[b, j]
+            seen = seen & (apart < window) & (-apart < window)
         if doc_ids is not None:
             seen = seen & (doc_ids[b, i] == doc_ids[b, j])
+        if branches is not None:
+            seen = seen & ((branches[b, j] == 0) | (branches[b, i] == branches[b, j]))
         return seen
 
     return rule

@@ -13,7 +13,7 @@ from minillm.model.attention import Attention, Cache, make_masks
 from minillm.model.config import ModelConfig
 from minillm.model.init import init_weights
 from minillm.model.layers import make_mlp, make_norm
-from minillm.model.masks import Mask, number_documents, restart_positions
+from minillm.model.masks import Mask, number_branches, number_documents, restart_positions
 from minillm.model.rope import Rope, Rotation, no_rotation
 
 Head = Callable[[nn.Linear, Tensor], Tensor]
@@ -57,6 +57,7 @@ class Transformer(nn.Module):
         tokens: Tensor,
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
+        branches: Tensor | None = None,
         head: Head | None = None,
         caches: Sequence[Cache] | None = None,
     ) -> Tensor:
@@ -67,21 +68,25 @@ class Transformer(nn.Module):
             positions: (B, T); by default counted from 0, again in each document, and on from the caches.
             doc_ids: (B, S), one number a token; a document is a run of equal ones and sees only itself. With caches
                 they cover the cached tokens too, so that padding before a short prompt is a document of its own.
+            branches: (B, T), 0 for the prompt that begins a document, 1, 2, ... for what may follow it: each sees the
+                prompt and itself, and its positions go on from the end of the prompt.
             caches: one a block, for generation; earlier keys and values are taken from them and new ones added.
         """
         T = tokens.shape[1]
         offset, offsets = (caches[0].length, caches[0].lengths) if caches else (0, None)
-        self.check(tokens, doc_ids, offset)
-        if doc_ids is not None:
+        self.check(tokens, doc_ids, branches, offset)
+        if branches is not None:
+            doc_ids, branches = number_branches(branches, doc_ids)
+        elif doc_ids is not None:
             doc_ids = number_documents(doc_ids)
         if positions is None and doc_ids is not None:
-            positions = restart_positions(doc_ids)[:, offset:]
+            positions = restart_positions(doc_ids, branches)[:, offset:]
         elif positions is None:
             held = offset if offsets is None else offsets[:, None]
             positions = held + torch.arange(T, device=tokens.device)[None]  # (1 or B, T)
         x = self.embed(tokens)  # (B, T, D)
         dtype, dropout = matmul_dtype(x), self.training and self.config.dropout > 0
-        masks = make_masks(self.config, tokens, offset, doc_ids, dtype, dropout, offsets)
+        masks = make_masks(self.config, tokens, offset, doc_ids, dtype, dropout, offsets, branches)
 
         if self.config.embed_scale:
             x = x * self.config.dim**0.5
@@ -99,7 +104,7 @@ class Transformer(nn.Module):
         """The default head: logits over the vocabulary, without the padding rows. (B, T, D) -> (B, T, V)"""
         return lm_head(hidden)[..., : self.config.vocab_size]
 
-    def check(self, tokens: Tensor, doc_ids: Tensor | None, offset: int) -> None:
+    def check(self, tokens: Tensor, doc_ids: Tensor | None, branches: Tensor | None, offset: int) -> None:
         """Raises ValueError where the inputs do not fit the model."""
         config, (B, T) = self.config, tokens.shape
         if offset + T > config.max_seq_len:
@@ -107,6 +112,10 @@ class Transformer(nn.Module):
             raise ValueError(f"{offset + T} tokens{cached} are more than the model's max_seq_len {config.max_seq_len}")
         if doc_ids is not None and doc_ids.shape != (B, offset + T):
             raise ValueError(f"doc_ids has shape {tuple(doc_ids.shape)}; tokens and caches need {(B, offset + T)}")
+        if branches is not None and offset:
+            raise ValueError("branches do not go with caches: what is generated follows one text")
+        if branches is not None and branches.shape != (B, T):
+            raise ValueError(f"branches has shape {tuple(branches.shape)}; tokens have {(B, T)}")
         if offset and not config.causal:
             raise ValueError("a bidirectional model cannot use caches: what it cached would have to see new tokens")
 
