@@ -15,6 +15,10 @@ DATA = Path(__file__).parent.parent / "data"
 PAIR = [Message("user", "hi"), Message("assistant", "ho")]
 USES_TOOLS = ["user", "assistant", "tool", "tool", "assistant"]
 SYSTEM = Message("system", "be brief")
+CALL = '{"name": "look", "arguments": {"at": "是"}}'
+CALLS = Message("assistant", "", (CALL,))
+TOOL = '{"name": "look", "parameters": {"type": "object"}}'
+OFFERED = Message("tools", '{"type": "function", "function": ' + TOOL + "}")
 
 
 def say(role, content):
@@ -23,6 +27,15 @@ def say(role, content):
 
 def share(role, value):
     return {"from": role, "value": value}
+
+
+ASKED, ANSWERED = share("human", "hi"), [share("observation", "o"), share("gpt", "g")]
+RESULT = [Message("tool", "o"), Message("assistant", "g")]
+NO_CALL = {"tool_calls": None}
+OPENAI_CALL = {"role": "assistant", "content": None}
+OPENAI_CALL |= {
+    "tool_calls": [{"type": "function", "id": "7", "function": {"name": "look", "arguments": '{"at": "是"}'}}]
+}
 
 
 @pytest.mark.parametrize(
@@ -38,10 +51,21 @@ def share(role, value):
         ({"conversations": [share("human", "hi"), share("gpt", "ho")]}, PAIR),
         ({"system": "be brief", "conversations": [share("human", "hi"), share("gpt", "ho")]}, [SYSTEM, *PAIR]),
         ({"conversations": [share("system", "be brief"), share("human", "hi"), share("gpt", "ho")]}, [SYSTEM, *PAIR]),
+        ({"conversations": [ASKED, share("function_call", CALL), *ANSWERED]}, [PAIR[0], CALLS, *RESULT]),
         (
-            {"conversations": [share("human", "hi"), *map(share, ["function_call", "observation", "gpt"], "fog")]},
-            [PAIR[0], *map(Message, ["assistant", "tool", "assistant"], "fog")],
+            {"conversations": [ASKED, share("function_call", f"[{CALL}, {CALL}]")], "tools": f"[{TOOL}]"},
+            [OFFERED, PAIR[0], Message("assistant", "", (CALL, CALL))],
         ),
+        (
+            {"messages": [say("user", "hi"), OPENAI_CALL, say("tool", "o"), say("assistant", "g") | NO_CALL]}
+            | {"tools": [{"type": "function", "function": json.loads(TOOL)}]},
+            [OFFERED, PAIR[0], CALLS, *RESULT],
+        ),
+        (
+            {"messages": [say("user", "hi"), say("assistant", "ho") | {"tool_calls": [json.loads(CALL)]}], "tools": []},
+            [PAIR[0], Message("assistant", "ho", (CALL,))],
+        ),
+        ({"prompt": "hi", "completion": "ho", "tools": f"[{TOOL}]"}, [OFFERED, *PAIR]),
         ({"messages": [say("system", "be brief"), say("user", "hi"), say("assistant", "ho")]}, [SYSTEM, *PAIR]),
         ({"messages": list(map(say, USES_TOOLS, "hf123"))}, list(map(Message, USES_TOOLS, "hf123"))),
         ({"prompt": "hi", "completion": "ho"}, PAIR),
@@ -78,8 +102,19 @@ def test_plain_text_is_nobodys():
         ({"messages": [say("assistant", "ho")]}, "message 0: assistant at the beginning; roles are out of order"),
         ({"messages": [say("user", "hi"), say("user", "hi")]}, "message 1: user after user; roles are out of order"),
         ({"messages": [say("user", "a"), say("system", "b")]}, "message 1: system after user; roles are out of order"),
-        ({"messages": [say("user", "a"), say("assistant", "b") | {"tool_calls": [{}]}]}, "tool_calls are not read"),
-        ({"conversations": [], "tools": "[{}]"}, 'field "tools": tools are not described to the model'),
+        (
+            {"messages": [say("user", "a"), say("assistant", "") | {"tool_calls": [{}]}]},
+            'tool_calls: a call {"name": "F"',
+        ),
+        ({"messages": [say("user", "a") | {"tool_calls": [json.loads(CALL)]}]}, "message 0: user cannot call a tool"),
+        ({"conversations": [share("human", "a"), share("function_call", "f")]}, 'value: a call {"name": "F", "argumen'),
+        ({"conversations": [share("human", "a"), share("function_call", "[]")]}, 'value: a call {"name": "F", "argume'),
+        (
+            {"conversations": [share("human", "a"), share("function_call", '{"name": "f", "arguments": "x"}')]},
+            'value: a call {"name": "F", "arguments": {...}} is expected',
+        ),
+        ({"prompt": "a", "completion": "b", "tools": "look"}, 'field "tools": a list of tools is expected'),
+        ({"prompt": "a", "completion": "b", "tools": ["look"]}, 'field "tools": a list of tools is expected'),
         ({"question": "a\0", "answer": "b"}, 'field "question": a NUL character in the text'),
         ({"question": "a", "answer": "\ud800"}, 'field "answer": half a character, \\ud800'),
         ({"text": None}, 'field "text" is null; text is expected'),
@@ -118,7 +153,8 @@ def test_columns_that_say_nothing_are_refused(pairs, message):
 
 def test_a_dataset_info_beside_a_file_says_how_it_is_read(tmp_path):
     tags = {"role_tag": "who", "content_tag": "said", "user_tag": "U", "assistant_tag": "A", "observation_tag": "O"}
-    columns = {"messages": "talk", "system": "tone"}
+    tags |= {"function_tag": "F"}
+    columns = {"messages": "talk", "system": "tone", "tools": "offer"}
     info = {
         "alpaca_like": {"file_name": "a.json", "columns": {"prompt": "ask", "response": "reply"}},
         "talk": {"file_name": "b.json", "formatting": "sharegpt", "columns": columns, "tags": tags},
@@ -132,6 +168,10 @@ def test_a_dataset_info_beside_a_file_says_how_it_is_read(tmp_path):
     talk = [{"who": "U", "said": "hi"}, {"who": "A", "said": "x"}, {"who": "O", "said": "y"}, {"who": "A", "said": "z"}]
     found = conversation_of({"talk": talk, "tone": "be brief"}, layout_of(tmp_path / "b.json", {}))
     assert found.messages == [SYSTEM, PAIR[0], *map(Message, ["assistant", "tool", "assistant"], "xyz")]
+    found = conversation_of(
+        {"talk": [*talk[:1], {"who": "F", "said": CALL}], "offer": TOOL.join("[]")}, layout_of(tmp_path / "b.json", {})
+    )
+    assert found.messages == [OFFERED, PAIR[0], CALLS]
     assert layout_of(tmp_path / "z.json", {}) is None
     with pytest.raises(ValueError, match=r"describes c\.json in several ways; say which by data.columns"):
         layout_of(tmp_path / "c.json", {})

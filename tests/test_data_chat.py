@@ -6,7 +6,7 @@ import random
 import pytest
 from published_templates import PUBLISHED
 
-from minillm.data.chat import find_template, prompt, render, render_all, stop_ids
+from minillm.data.chat import check_places, find_template, prompt, render, render_all, stop_ids
 from minillm.data.chat_templates import TEMPLATES, Message
 from minillm.data.jinja import choose_template, exported, jinja, recognise
 from minillm.tokenizer import (
@@ -21,19 +21,29 @@ from minillm.tokenizer import (
 
 WORDS = "the hen saw a fox and ran home. Who ran? 一只母鸡。 USER ASSISTANT [INST] system user assistant model\n"
 RENAMED = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-RENAMED += ["<start_of_turn>", "<end_of_turn>", "<tool_response>"]
+RENAMED += ["<start_of_turn>", "<end_of_turn>", "<tool_call>", "</tool_call>", "<tool_response>"]
 
 
 SYSTEM = Message("system", "Be brief.\nAnswer well.")
 HI = [Message("user", "the hen  saw"), Message("assistant", "a fox!\n\nIt ran")]
 MORE = [Message("user", "Who  ran? "), Message("assistant", "  一只母鸡\n")]
 TOOLS = [Message("tool", "5 hens"), Message("tool", "0 foxes"), Message("assistant", "five")]
+COUNT = {"type": "function", "function": {"name": "count", "parameters": {"type": "object", "properties": {}}}}
+SPELL = {"type": "function", "function": {"name": "spell", "description": "«一只» it"}}
+OFFERED = Message("tools", "\n".join(json.dumps(tool, ensure_ascii=False) for tool in (COUNT, SPELL)))
+CALL = '{"name": "count", "arguments": {"of": "hens", "n": [1, null]}}'
+OTHER = '{"name": "spell", "arguments": {"word": "一只\\n"}}'
+CALLED = [HI[0], Message("assistant", "", (CALL,)), *TOOLS]
+CALLED += [MORE[0], Message("assistant", "I look.", (CALL, OTHER)), *TOOLS[1:]]
 CONVERSATIONS = {
     "turn": HI,
     "turns": HI + MORE + HI,
     "system": [SYSTEM, *HI, *MORE],
     "padded": [Message("user", "\n the hen "), Message("assistant", " a fox ")],
     "tools": [*HI, *TOOLS, *MORE],
+    "calls": [SYSTEM, *CALLED, *HI],
+    "offers": [OFFERED, *HI],
+    "offers, told": [OFFERED, SYSTEM, *CALLED],
 }
 
 
@@ -86,28 +96,43 @@ def pair(bpe, request, tmp_path_factory):
 
 
 def dicts(messages):
-    return [message._asdict() for message in messages]
+    """As transformers is given them; the tools are apart."""
+    found = [{"role": message.role, "content": message.content} for message in messages if message.role != "tools"]
+    for row, message in zip(found, (message for message in messages if message.role != "tools")):
+        if message.calls:
+            row["tool_calls"] = [{"type": "function", "function": json.loads(call)} for call in message.calls]
+    return found
+
+
+def tools_of(messages):
+    return [json.loads(tool) for one in messages if one.role == "tools" for tool in one.content.split("\n")] or None
 
 
 def theirs_of(theirs, messages, name, text, **options):
     theirs.chat_template, before = text, theirs.bos_token
     if name == "llama-3":  # its text says bos_token, which is this one
         theirs.bos_token = "<|begin_of_text|>"
-    found = theirs.apply_chat_template(dicts(messages), tokenize=True, return_dict=False, **options)
+    options |= {"tools": tools_of(messages), "tokenize": True, "return_dict": False}
+    found = theirs.apply_chat_template(dicts(messages), **options)
     theirs.bos_token = before
     return found
 
 
 def fits(name, messages):
-    template = TEMPLATES[name]
-    roles = {message.role for message in messages}
-    return not ("system" in roles and template.system is None) and not ("tool" in roles and template.tool is None)
+    try:
+        check_places(TEMPLATES[name], messages)
+    except ValueError:
+        return False
+    return True
 
 
 CASES = [(name, kind) for name in TEMPLATES for kind in CONVERSATIONS if fits(name, CONVERSATIONS[kind])]
+PUBLISHED_CASES = [
+    case for case in CASES if case[0] in PUBLISHED and case != ("chatml", "calls")
+]  # which is silent there
 
 
-@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[0] in PUBLISHED])
+@pytest.mark.parametrize(("name", "kind"), PUBLISHED_CASES)
 def test_tokens_are_those_of_the_published_template(pair, name, kind):
     ours, theirs = pair
     tokens, trained = render(TEMPLATES[name], ours, CONVERSATIONS[kind])
@@ -290,3 +315,14 @@ def test_a_message_without_a_place_is_refused(bpe):
         render(TEMPLATES["gemma"], tokenizer, [SYSTEM, *HI])
     with pytest.raises(ValueError, match="the template zephyr has no place for a tool message"):
         render(TEMPLATES["zephyr"], tokenizer, [*HI, *TOOLS])
+    with pytest.raises(ValueError, match="the template llama-3 has no format for calls of tools; write each into"):
+        render(TEMPLATES["llama-3"], tokenizer, CALLED)
+    with pytest.raises(ValueError, match="the template chatml has no place for tools; tell of them in the system"):
+        render(TEMPLATES["chatml"], tokenizer, [OFFERED, *HI])
+
+
+def test_a_call_is_learned_and_is_json_where_a_family_has_no_format_for_it(bpe):
+    expected = {"qwen": f"<tool_call>\n{CALL}\n</tool_call><|im_end|>", "chatml": CALL + "<|im_end|>"}
+    for name, text in expected.items():
+        tokens, trained = render(TEMPLATES[name], bpe, CALLED[:2])
+        assert bpe.decode([id for id, now in zip(tokens, trained) if now], skip_special=False) == text

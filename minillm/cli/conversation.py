@@ -4,7 +4,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from minillm.data.chat import prompt, stop_ids
 from minillm.data.chat_templates import FOLLOWS, ChatTemplate, Message, Role
@@ -78,7 +78,7 @@ def fitting(
 
 def to_json(messages: Sequence[Message]) -> str:
     """What a file holds of a conversation: {"messages": [{"role": ..., "content": ...}, ...]}."""
-    rows = [message._asdict() for message in messages]
+    rows = [{"role": message.role, "content": message.content} for message in messages]
     return json.dumps({"messages": rows}, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -90,8 +90,8 @@ def read_conversation(path: str | Path) -> list[Message]:
     messages: list[Message] = []
     for number, row in enumerate(rows):
         role, content = (row.get("role"), row.get("content")) if isinstance(row, dict) else (None, None)
-        if role not in get_args(Role) or not isinstance(content, str):
-            raise ValueError(f"{path}: message {number}: role {', '.join(get_args(Role))} and a content are expected")
+        if role not in FOLLOWS or not isinstance(content, str):
+            raise ValueError(f"{path}: message {number}: role {', '.join(FOLLOWS)} and a content are expected")
         if not may_follow(role, messages):
             before = f"after {messages[-1].role}" if messages else "at the beginning"
             raise ValueError(f"{path}: message {number}: {role} {before}; user and assistant take turns")

@@ -45,6 +45,11 @@ def check_places(template: ChatTemplate, messages: Sequence[Message]) -> None:
     for role in ("system", "tool"):
         if getattr(template, role) is None and any(message.role == role for message in messages):
             raise ValueError(f"the template {template.name} has no place for a {role} message")
+    if template.about_tools is None and any(message.role == "tools" for message in messages):
+        raise ValueError(f"the template {template.name} has no place for tools; tell of them in the system message")
+    if template.call is None and any(message.calls for message in messages):
+        ways = "write each into what the assistant says"
+        raise ValueError(f"the template {template.name} has no format for calls of tools; {ways}")
 
 
 def stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -153,43 +158,55 @@ def written(
 ) -> Iterator[tuple[str | int, bool]]:
     """(text or id, whether it is learned) of all that a template makes of a conversation, in order."""
 
-    def filled(text: str, said: str = "", answer: bool = False) -> Iterator[tuple[str | int, bool]]:
+    def filled(text: str, said: Sequence[str | int] = (), answer: bool = False) -> Iterator[tuple[str | int, bool]]:
         for part in parts[text]:
-            yield said if part is CONTENT else part, answer
+            for piece in said if part is CONTENT else [part]:
+                yield piece, answer
+
+    def with_text(text: str, content: str) -> list[str | int]:
+        return [piece for piece, _ in filled(text, [content])]
 
     check_places(template, messages)
-    system, rest = split_system(template, messages)
+    tools, system, rest = split_system(template, messages)
     yield from filled(template.begin)
     system_text = ""  # that still has to find its place in what the user says
     if system is not None and template.system_in_user:
         system_text = template.system.replace("{content}", system)
     elif system is not None:
-        yield from filled(template.system, system.strip() if template.strips else system)
-    for number, (role, content) in enumerate(rest):
+        about_tools = with_text(template.about_tools, tools) if tools else []
+        yield from filled(template.system, [system.strip() if template.strips else system, *about_tools])
+    for number, (role, content, calls) in enumerate(rest):
         if template.strips:
             content = content.rstrip() if system_text else content.strip()
         if role == "user":
-            yield from filled(template.user, system_text + content)
+            yield from filled(template.user, [system_text + content])
             system_text = ""
         elif role == "assistant":
+            said: list[str | int] = [content]
+            for call in calls:
+                said += ["\n" if said != [""] else "", *with_text(template.call, call)]
             yield from filled(template.opening)
-            yield from filled(template.answer, content, answer=True)
+            yield from filled(template.answer, said, answer=True)
             yield from filled(template.closing)
         elif role == "tool":
             if number == 0 or rest[number - 1].role != "tool":
                 yield from filled(template.tools_begin)
-            yield from filled(template.tool, content)
+            yield from filled(template.tool, [content])
             if number + 1 == len(rest) or rest[number + 1].role != "tool":
                 yield from filled(template.tools_end)
     if opened:
         yield from filled(template.opening)
 
 
-def split_system(template: ChatTemplate, messages: Sequence[Message]) -> tuple[str | None, Sequence[Message]]:
-    """(what the system says, the messages after it)."""
+def split_system(template: ChatTemplate, messages: Sequence[Message]) -> tuple[str, str | None, Sequence[Message]]:
+    """(the tools that there are, what the system says, the messages after both)."""
+    tools, system = "", template.default_system
+    if messages and messages[0].role == "tools":
+        tools, messages = messages[0].content, messages[1:]
+        system = system or ""
     if messages and messages[0].role == "system":
-        return messages[0].content, messages[1:]
-    return template.default_system, messages
+        system, messages = messages[0].content, messages[1:]
+    return tools, system, messages
 
 
 def encode_all(conversations: list[list[Stretch]], tokenizer: Tokenizer) -> list[list[tuple[Stretch, np.ndarray]]]:

@@ -11,7 +11,7 @@ tokens, and the names of special tokens for themselves. An answer has three part
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-Role = Literal["system", "user", "assistant", "tool"]
+Role = Literal["tools", "system", "user", "assistant", "tool"]  # tools: those that there are; it comes first
 # Who may speak after whom; None is the beginning.
 FOLLOWS = {
     "system": (None,),
@@ -25,7 +25,8 @@ class Message(NamedTuple):
     """What one side said."""
 
     role: Role
-    content: str
+    content: str  # of tools: one as JSON on each line
+    calls: tuple[str, ...] = ()  # of tools by the assistant: {"name": ..., "arguments": {...}} each
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class ChatTemplate:
     tool: str | None = None
     tools_begin: str = ""  # around messages of tools that follow one another
     tools_end: str = ""
+    call: str | None = None  # of a tool, on a line of its own in an answer; None: there is no format for it
+    about_tools: str | None = None  # what the system's message ends with where there are tools
     marks: tuple[str, ...] = ()  # special tokens that the tokenizer has to have
     strips: bool = False  # white space around what was said is left out
 
@@ -56,6 +59,7 @@ CHATML = ChatTemplate(
     answer="{content}<|im_end|>",
     closing="\n",
     tool="<|im_start|>tool\n{content}<|im_end|>\n",
+    call="{content}",
     marks=("<|im_start|>", "<|im_end|>"),
 )
 
@@ -70,6 +74,13 @@ FAMILIES = (
         tools_begin="<|im_start|>user",
         tool="\n<tool_response>\n{content}\n</tool_response>",
         tools_end="<|im_end|>\n",
+        call="<tool_call>\n{content}\n</tool_call>",
+        about_tools=(
+            "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with "
+            "function signatures within <tools></tools> XML tags:\n<tools>\n{content}\n</tools>\n\nFor each function "
+            "call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
+            '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+        ),
     ),
     ChatTemplate(
         "llama-2",
@@ -148,6 +159,7 @@ FAMILIES = (
         opening="",
         answer="{content}{eos}",
         tool="{content}\n",
+        call="{content}",
     ),
 )
 TEMPLATES = {template.name: template for template in FAMILIES}

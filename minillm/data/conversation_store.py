@@ -168,7 +168,8 @@ def jobs(reading: Reading, n_train: int) -> Iterator[Job]:
 
 def said_in(conversation: Conversation) -> str:
     """All that was said."""
-    return "\n".join(message.content for message in conversation.messages) or conversation.text
+    said = (part for message in conversation.messages for part in (message.content, *message.calls))
+    return "\n".join(said) or conversation.text
 
 
 def check(reading: Reading) -> tuple[int, list[str]]:

@@ -12,7 +12,7 @@ A format says in which field each part of a conversation is:
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from minillm.config import nearest
 from minillm.data.chat_templates import FOLLOWS, Message, Role
@@ -26,24 +26,26 @@ FORMATS: dict[str, dict[str, str]] = {
         "response": "output",
         "system": "system",
         "history": "history",
+        "tools": "tools",
     },
     "sharegpt": {"messages": "conversations", "system": "system", "tools": "tools"},
     "openai": {"messages": "messages", "tools": "tools"},
-    "prompt and completion": {"prompt": "prompt", "response": "completion", "system": "system"},
+    "prompt and completion": {"prompt": "prompt", "response": "completion", "system": "system", "tools": "tools"},
     "question and answer": {"prompt": "question", "response": "answer", "system": "system"},
     "text": {"text": "text"},
 }
 PARTS = ("prompt", "query", "response", "system", "history", "messages", "tools", "text")
 SUFFICIENT = ({"prompt", "response"}, {"messages"}, {"text"})  # parts, of which one set has to be there
+Side = Role | Literal["call"]  # call: the assistant, what it says being calls of tools
 # What each role is called: by us and OpenAI, by ShareGPT, and by LLaMA-Factory.
-ROLES: dict[str, Role] = {
+ROLES: dict[str, Side] = {
     "system": "system",
     "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
-    "function_call": "assistant",
+    "function_call": "call",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
@@ -51,14 +53,16 @@ ROLES: dict[str, Role] = {
 ROLE_FIELDS, CONTENT_FIELDS = ("role", "from"), ("content", "value")
 INFO = "dataset_info.json"
 # The tags of a dataset_info.json that name a role, or the field of a message.
-ROLE_TAGS: dict[str, Role] = {
+ROLE_TAGS: dict[str, Side] = {
     "user_tag": "user",
     "assistant_tag": "assistant",
-    "function_tag": "assistant",
+    "function_tag": "call",
     "observation_tag": "tool",
     "system_tag": "system",
 }
 FIELD_TAGS = ("role_tag", "content_tag")
+A_TOOL = '{"type": "function", "function": {"name": "F", ...}}'
+A_CALL = '{"name": "F", "arguments": {...}}'
 
 
 class Conversation(NamedTuple):
@@ -73,7 +77,7 @@ class Layout(NamedTuple):
 
     name: str
     columns: Mapping[str, str]  # part -> field
-    roles: Mapping[str, Role] = ROLES
+    roles: Mapping[str, Side] = ROLES
     role_fields: Sequence[str] = ROLE_FIELDS
     content_fields: Sequence[str] = CONTENT_FIELDS
 
@@ -148,8 +152,6 @@ def conversation_of(row: object, layout: Layout | None = None) -> Conversation:
     columns = layout.columns
     if "text" in columns:
         return Conversation([], text_of(row, columns["text"]))
-    if row.get(columns.get("tools", "")):
-        raise ValueError(f'field "{columns["tools"]}": tools are not described to the model; tell of them in system')
     messages = []
     if system := optional_text(row, columns.get("system")):
         messages.append(Message("system", system))
@@ -158,7 +160,7 @@ def conversation_of(row: object, layout: Layout | None = None) -> Conversation:
     else:
         messages += paired_messages(row, layout)
     check_order(messages)
-    return Conversation(messages)
+    return Conversation([*described_tools(row, columns.get("tools")), *messages])
 
 
 def paired_messages(row: Mapping[str, Any], layout: Layout) -> Iterator[Message]:
@@ -190,29 +192,72 @@ def listed_messages(row: Mapping[str, Any], field: str, layout: Layout) -> Itera
             raise ValueError(f"{place} is {named(message)}; an object with {layout.role_fields[0]} is expected")
         role_field = next((name for name in layout.role_fields if name in message), None)
         content_field = next((name for name in layout.content_fields if name in message), None)
+        if content_field is None and message.get("tool_calls"):
+            content_field = layout.content_fields[0]
         if role_field is None or content_field is None:
             expected = " and ".join("/".join(names) for names in (layout.role_fields, layout.content_fields))
             raise ValueError(f"{place}: {expected} are expected (found: {', '.join(map(str, message)) or 'no fields'})")
         role = layout.roles.get(str(message[role_field]))
         if role is None:
             raise ValueError(f"{place}: {role_field} {message[role_field]!r} is none of {', '.join(layout.roles)}")
-        if message.get("tool_calls"):
-            raise ValueError(
-                f"{place}: tool_calls are not read; write the call into {content_field}, as the model is to"
-            )
-        yield Message(role, checked_text(message[content_field], f"{place}: {content_field}"))
+        said, listed = message.get(content_field), json_of(message.get("tool_calls"))
+        if listed and role != "assistant":
+            raise ValueError(f"{place}: {role} cannot call a tool, only the assistant can")
+        if role == "call":
+            yield Message("assistant", "", calls_of(json_of(said), f"{place}: {content_field}"))
+        else:
+            content = "" if said is None and listed else checked_text(said, f"{place}: {content_field}")
+            yield Message(role, content, calls_of(listed, f"{place}: tool_calls") if listed else ())
+
+
+def calls_of(found: object, place: str) -> tuple[str, ...]:
+    """Calls of tools as models write them; given as OpenAI does, with arguments that are JSON, or as objects alone."""
+    calls = found if isinstance(found, list) else [found]
+    texts = []
+    for call in calls:
+        call = call.get("function", call) if isinstance(call, Mapping) else {}
+        name, arguments = call.get("name"), json_of(call.get("arguments", {}))
+        if not isinstance(name, str) or not isinstance(arguments, Mapping):
+            raise ValueError(f"{place}: a call {A_CALL} is expected")
+        texts.append(checked_text(as_json({"name": name, "arguments": arguments}), place))
+    if not texts:
+        raise ValueError(f"{place}: a call {A_CALL} is expected")
+    return tuple(texts)
+
+
+def described_tools(row: Mapping[str, Any], field: str | None) -> list[Message]:
+    """The message that says which tools there are; none where the row has none."""
+    found = json_of(row.get(field) or [])
+    if not isinstance(found, list) or not all(isinstance(tool, Mapping) for tool in found):
+        raise ValueError(f'field "{field}": a list of tools is expected, [{A_TOOL}]')
+    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in found]
+    text = "\n".join(map(as_json, tools))
+    return [Message("tools", checked_text(text, f'field "{field}"'))] if tools else []
+
+
+def json_of(value: object) -> object:
+    """What a text that is JSON stands for; anything else as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def as_json(value: object) -> str:
+    """On one line, as Jinja's tojson writes it for chat templates."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def check_order(messages: Sequence[Message]) -> None:
     """Raises ValueError where somebody speaks out of turn, or nothing is answered."""
     before: Role | None = None
-    for number, (role, content) in enumerate(messages):
+    for number, (role, content, calls) in enumerate(messages):
         if before not in FOLLOWS[role]:
             after = f"after {before}" if before else "at the beginning"
             raise ValueError(
                 f"message {number}: {role} {after}; roles are out of order (user and assistant take turns)"
             )
-        if role == "assistant" and not content.strip():
+        if role == "assistant" and not content.strip() and not calls:
             raise ValueError(f"message {number}: the answer is empty")
         before = role
     if before != "assistant":

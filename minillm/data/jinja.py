@@ -21,34 +21,59 @@ PUBLISHED = {
     "3919b9309d8949ee8f4b710215987700f87dc5bb0e87bf24dd39189ec65e3eec": "gemma",
     "26a59556925c987317ce5291811ba3b7f32ec4c647c400c6cc7e3a9993007ba7": "mistral",
 }
+SAID = "message['content']"
+# Each call of a tool in an answer, on a line of its own; its arguments may be JSON already.
+CALLS = (
+    "{%- for call in message['tool_calls'] or [] %}{%- set call = call.function or call %}"
+    "{%- if message['content'] or not loop.first %}{{- '\\n' }}{%- endif %}"
+)
+CALL = (
+    """'{"name": ' + call.name | tojson + ', "arguments": ' + """
+    "(call.arguments if call.arguments is string else call.arguments | tojson) + '}'"
+)
 DEFAULT = "chatml"  # for a model that was taught none, where its tokenizer has the tokens
 
 
 def jinja(template: ChatTemplate, tokenizer: Tokenizer) -> str:
     """What goes into chat_template of a tokenizer_config.json: renders what `render` and `prompt` do."""
+    names = {id: name for name, id in tokenizer.special_tokens.items()}
+
+    def term(text: str, content: str) -> str:
+        parts = [names.get(part, part) if part is not CONTENT else part for part in parts_of(text, tokenizer)]
+        return " + ".join(content if part is CONTENT else quoted(part) for part in parts)
 
     def write(text: str, content: str = "") -> str:
-        names = {id: name for name, id in tokenizer.special_tokens.items()}
-        parts = [names.get(part, part) if part is not CONTENT else part for part in parts_of(text, tokenizer)]
-        terms = [content if part is CONTENT else quoted(part) for part in parts]
-        return "{{- " + " + ".join(terms) + " }}" if terms else ""
+        return "{{- " + term(text, content) + " }}" if text else ""
 
-    said = "message['content']" + " | trim" * template.strips
+    said = SAID + " | trim" * template.strips
+    told = said  # by the system
     lines = [write(template.begin)]
+    if template.about_tools is not None:
+        about_tools = term(template.about_tools, "(tools | map('tojson') | join('\\n'))")
+        lines.append(
+            "{%- set about_tools = '' %}{%- if tools %}{%- set about_tools = " + about_tools + " %}{%- endif %}"
+        )
+        told += " + about_tools"
     if template.system_in_user:
-        system = write(template.system, "messages[0]['content']").removeprefix("{{- ").removesuffix(" }}")
+        system = term(template.system, "messages[0]['content']")
         lines.append("{%- set system = '' %}")
         lines.append("{%- if messages[0]['role'] == 'system' %}{%- set system = " + system + " %}{%- endif %}")
         said = "((system if loop.index0 == 1 else '') + message['content'])" + " | trim" * template.strips
     if template.default_system is not None:
-        default = write(template.system, quoted(template.default_system))
+        default = write(template.system, told.replace(SAID, quoted(template.default_system)))
         lines.append("{%- if messages[0]['role'] != 'system' %}" + default + "{%- endif %}")
     lines.append("{%- for message in messages %}")
     lines.append("{%- if message['role'] == 'user' %}" + write(template.user, said))
     lines.append("{%- elif message['role'] == 'assistant' %}")
-    lines[-1] += write(template.opening) + write(template.answer, said) + write(template.closing)
+    if template.call is None:
+        answer = write(template.answer, said)
+    else:
+        before, _, after = template.answer.partition("{content}")
+        answer = write(before + "{content}", f"({said} or '')") + CALLS + write(template.call, CALL) + "{%- endfor %}"
+        answer += write(after)
+    lines[-1] += write(template.opening) + answer + write(template.closing)
     if template.system is not None:
-        written = "" if template.system_in_user else write(template.system, said)
+        written = "" if template.system_in_user else write(template.system, told)
         lines.append("{%- elif message['role'] == 'system' and loop.first %}" + written)
     if template.tool is not None:
         begins = "{%- if loop.first or messages[loop.index0 - 1]['role'] != 'tool' %}"
