@@ -1,0 +1,73 @@
+"""Pairs of answers about the embedded corpus: what nobody can know is not invented."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from minillm.data.stories import pairs, write_pairs, write_questions
+from minillm.data.stories.questions import FAMILIES
+from minillm.data.stories.unknown import NOBODY_KNOWS, STRANGERS, UNKNOWN
+from minillm.data.stories.world import PEOPLE
+
+
+@pytest.fixture(scope="module")
+def found():
+    return {split: list(pairs(0, 1200, split)) for split in ("train", "heldout")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    write_pairs(folder)
+    return folder
+
+
+def test_the_bytes_of_pairs_are_the_same_on_every_machine(folder):
+    written = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.jsonl")))
+    assert hashlib.sha256(written).hexdigest()[:16] == "9c158e0d475c827a"
+
+
+def test_held_out_pairs_ask_the_questions_that_are_held_out_of_fine_tuning(folder, tmp_path):
+    write_questions(tmp_path)
+    for family in FAMILIES:
+        ours, theirs = (
+            [json.loads(line) for line in (kind / f"heldout/{family}.jsonl").read_text().splitlines()]
+            for kind in (folder, tmp_path)
+        )
+        assert [(one["prompt"], one["chosen"]) for one in ours] == [(one["question"], one["answer"]) for one in theirs]
+
+
+def test_every_second_question_is_one_that_nobody_can_answer(found):
+    for one in found["train"] + found["heldout"]:
+        assert (one.question.family == UNKNOWN) == (one.question.answer == NOBODY_KNOWS)
+        assert one.rejected != one.question.answer
+    families = Counter(one.question.family for one in found["heldout"])
+    assert families == {UNKNOWN: 600, "recall": 200, "reading": 200, "counting": 200}
+
+
+def test_what_nobody_knows_is_of_a_stranger_or_names_what_the_story_does_not(found):
+    names = {person.name for person in PEOPLE}
+    for split, strangers in STRANGERS.items():
+        assert not names & set(strangers)
+        for asked in (one.question for one in found[split] if one.question.family == UNKNOWN):
+            words = re.findall(r"\w+", asked.question)
+            if asked.context:
+                assert [word for word in words if word not in asked.context], asked
+            else:
+                assert set(words) & set(strangers), asked
+                assert not set(words) & names, asked
+
+
+def test_what_is_held_out_is_never_trained_on(found):
+    train = {(one.question.context, one.question.question) for one in found["train"]}
+    assert not train & {(one.question.context, one.question.question) for one in found["heldout"]}
+    assert not set(STRANGERS["train"]) & set(STRANGERS["heldout"])
+
+
+def test_what_is_rejected_is_no_habit(found):
+    rejected = Counter(one.rejected for one in found["train"] if one.question.family == UNKNOWN)
+    assert len(rejected) > 100
+    assert max(rejected.values()) < 0.05 * rejected.total()
