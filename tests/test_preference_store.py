@@ -7,6 +7,7 @@ import torch
 from minillm.data.loader import Loader, eval_batches
 from minillm.data.rows import gather
 from minillm.losses import IGNORE_INDEX
+from minillm.model.masks import restart_positions
 
 
 class Trees:
@@ -52,6 +53,16 @@ def test_a_row_of_trees_says_of_each_token_its_target_branch_and_position():
         assert getattr(batch, name)[0].tolist() == values, name
     assert {str(field.dtype) for field in batch[:5]} == {"torch.int64"}
     assert batch.reference.dtype == torch.float32
+
+
+def test_positions_are_those_that_the_model_would_count():
+    """Also where the shared prompt is empty, so that a document begins with an answer."""
+    rng = np.random.default_rng(0)
+    store = Trees([[list(rng.integers(50, size=n)) for n in rng.integers(1, 7, size=3)] for _ in range(20)])
+    starts, lengths = store.document_offsets[:-1], np.diff(store.document_offsets) - 1
+    rows = [(list(starts[i : i + 4]), list(lengths[i : i + 4])) for i in range(0, 20, 4)]
+    batch = gather([(store, row) for row in rows], 90, True)
+    assert torch.equal(batch.positions, restart_positions(batch.doc_ids, batch.branches))
 
 
 def test_without_trees_or_a_reference_the_fields_are_none():
