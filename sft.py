@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(help_text(Config, USAGE))
         return 0
-    config = read_config(Config, argv, partial(fitting_conversations, Config, without_data=QUICKSTART), PLACES)
+    config = read_config(Config, argv, partial(fitting_conversations, without_data=QUICKSTART), PLACES)
     trackers = make_trackers(config.log, config.run.dir)
     with opened(config) as (dist, run):
         start = starting_point(config.run, run, dist)

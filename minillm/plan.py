@@ -125,6 +125,7 @@ RECIPES = (
     Recipe(3e9, "large", 1024, 131_072, 1),
     Recipe(float("inf"), "xl", 1024, 524_288, 1),
 )
+TUNING_TOKENS = 16_384  # of a step of fine-tuning, at most
 FORWARD_TOKENS = {"cpu": 4096}  # beyond this a CPU's caches overflow and nothing is gained
 FORWARD_TOKENS_DEFAULT = 32_768
 
@@ -151,23 +152,25 @@ def optimizer_for(dim: int) -> dict[str, object]:
     return {"optim.name": "muon", "optim.lr": float(f"{0.77 / max(dim, 128):.1g}")}
 
 
-def recommend_tuning(n_bytes: int, dim: int, lora: bool) -> dict[str, object]:
-    """The same for fine-tuning a model of that width on that many bytes of conversations.
+def recommend_tuning(dim: int, lora: bool) -> dict[str, object]:
+    """The same for fine-tuning a model of that width; how much a step is depends on the tokens (`tuning_rows`).
 
     Three passes at a rate of 2e-5 for a width of 4096 (Alpaca's, Taori et al. 2023), which grows as 1 / dim; for
-    adapters ten times as high (Schulman et al. 2025, "LoRA without regret"). A step is a hundredth of the text, so that
-    little text makes many steps too.
+    adapters ten times as high (Schulman et al. 2025, "LoRA without regret").
     """
-    tokens = n_bytes // 4
     lr = min(2e-5 * 4096 / dim, 1e-3) * (10 if lora else 1)
     return {
         "data.seq_len": 1024,
-        "train.batch_tokens": min(16_384, tokens // 100),
         "train.max_epochs": 3.0,
         "optim.name": "adamw",
         "optim.lr": float(f"{lr:.1g}"),
         "optim.weight_decay": 0.0,
     }
+
+
+def tuning_rows(n_tokens: int, seq_len: int) -> int:
+    """Rows of a step of fine-tuning: a hundredth of the text, so that little text makes many steps too."""
+    return max(1, round(min(TUNING_TOKENS, n_tokens / 100) / seq_len))
 
 
 def micro_batch_size(seq_len: int, samples_per_step: int, device: torch.device) -> int:

@@ -341,6 +341,18 @@ def test_evaluation_without_a_token_to_predict_says_so(packing, lengths):
         list(eval_batches(CountingStore(lengths), 16, packing, 2))
 
 
+def test_conversations_need_not_fill_a_row():
+    class Masked(CountingStore):
+        def trained(self, start, stop):
+            return np.arange(start, stop) % 2
+
+    one = loader(Masked([4, 5]), packing=True, samples_per_step=1)
+    (batch,) = one.batches(0)
+    assert batch.tokens.shape == (1, 16)
+    assert one.targets_per_epoch == 3 + 4
+    assert int((batch.targets != IGNORE_INDEX).sum()) == 4
+
+
 @both
 def test_a_corpus_smaller_than_one_row_is_refused_with_the_sizes(packing):
     with pytest.raises(ValueError, match=r"has 15 tokens, fewer than one row of data\.seq_len 16.*at most 15"):

@@ -170,6 +170,41 @@ def test_what_is_left_open_is_chosen_for_the_model(workplace, words, lr):
     assert (config["optim"]["lr"], config["data"]["seq_len"]) == (lr, 64)
 
 
+def given(path, *words):
+    """`sft.py` told no more than where things are."""
+    options = ["--model.path", "base", "--data.path", path, "--run.device", "cpu", "--log.curves", "false"]
+    return run_command(sft.main, [*options, *map(str, words)])
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "rows"),
+    [
+        (3, [], 1),
+        (1, ["--data.val", 0], 1),
+        (160, ["--data.max_samples", 5], 1),
+        (3, ["--train.batch_tokens", 32], 1),
+        (1000, [], 4),
+    ],
+    ids=str,
+)
+def test_a_file_however_small_trains(workplace, count, words, rows):
+    lines = Path("chats.jsonl").read_text().splitlines() * (1 + count // 160)
+    Path("few.jsonl").write_text("\n".join(lines[:count]))
+    assert given("few.jsonl", "--run.dir", "runs/few", *words, *["--train.max_steps", 2]) == 0
+    config = json.loads(Path("runs/few/config.json").read_text())
+    assert config["train"]["batch_tokens"] == rows * config["data"]["seq_len"]
+    assert len(losses("runs/few")) > 0
+
+
+def test_a_step_that_is_larger_than_the_data_is_named(workplace, capsys):
+    Path("few.jsonl").write_text("".join(Path("chats.jsonl").read_text().splitlines(keepends=True)[:3]))
+    assert given("few.jsonl", "--run.dir", "runs/few", "--train.batch_tokens", 640, "--data.seq_len", 64) == 1
+    assert "one step takes 10 rows: give more text, or lower train.batch_tokens from 640" in capsys.readouterr().err
+    Path("one.jsonl").write_text(Path("few.jsonl").read_text().splitlines()[0])
+    assert given("one.jsonl", "--run.dir", "runs/one") == 1
+    assert "none is left for train: all is held out; --data.val 0 holds nothing out" in capsys.readouterr().err
+
+
 def test_help_explains_every_field(capsys):
     assert run_command(sft.main, ["--help"]) == 0
     text = capsys.readouterr().out

@@ -223,7 +223,8 @@ def write(reading: Reading, tokenizer: Tokenizer, identity: dict, directory: Pat
                 dropped = f", {counts['dropped']} are longer than data.seq_len {config.seq_len}" * bool(
                     counts["dropped"]
                 )
-                raise ValueError(f"data.path: of {n_found} conversations none is left for {name}{dropped}")
+                all_in_val = ": all is held out; --data.val 0 holds nothing out" * (name == "train" and not n_train)
+                raise ValueError(f"data.path: of {n_found} conversations none is left for {name}{dropped}{all_in_val}")
         entries = {name: writer.close() | {"trained": masks[name].close()} for name, writer in writers.items()}
         if changed := changed_files(identity):
             raise ValueError(f"data.path: {', '.join(changed[:5])} changed while being read; prepare again")

@@ -67,7 +67,9 @@ class Loader:
     def check_size(self) -> None:
         for rows in self.rows:
             n = rows.targets_per_epoch
-            if n < self.seq_len:
+            if n < (
+                1 if self.packing and rows.masked else self.seq_len
+            ):  # a few conversations are data, few words none
                 of_source = f"source {rows.name}: " if rows.name else ""
                 has = f"{of_source}the training text has {n:,} tokens"
                 lower = f", or lower data.seq_len to at most {n}" if n else ""

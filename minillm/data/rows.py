@@ -68,13 +68,17 @@ class Sample(NamedTuple):
 
 
 class SourceRows:
-    """The text of one source cut into rows of T tokens, packed or plain; `number` is its place in the mixture."""
+    """The text of one source cut into rows of T tokens, packed or plain; `number` is its place in the mixture.
+
+    `masked`: only a part of it is learned, as of conversations.
+    """
 
     def __init__(self, store: Store, seq_len: int, packing: bool, seed: int, number: int = 0, name: str = ""):
         self.store, self.seq_len, self.name = store, seq_len, name
         self.seed = source_seed(seed, number)
         self.offset = lru_cache(4)(partial(epoch_offset, n_tokens=store.n_tokens, seed=self.seed))  # asked for each row
         self.plan = plan_of(store, seq_len) if packing else None
+        self.masked = beside(store, "trained", 0, 0) is not None
         self.per_epoch = -(-store.n_tokens // seq_len) if self.plan is None else self.plan.n_rows
         self.targets_per_epoch = store.n_tokens if self.plan is None else self.plan.n_targets
 

@@ -27,7 +27,7 @@ from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken, NoisyNextToken
 from minillm.plan import recommend_tuning
 from minillm.recipe.config import RecipeConfig
-from minillm.recipe.fitting import as_count, bytes_of_text
+from minillm.recipe.fitting import as_count
 from minillm.recipe.layers import is_none, without_limits
 from minillm.tensors import parameter_names
 from minillm.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
@@ -141,17 +141,21 @@ def answers_objective(config: TuningConfig, vocab_size: int) -> NextToken:
 # --- what it learns from ----------------------------------------------------------------------------------------------
 
 
-def fitting_conversations(config_class: type, given: list[Layer], without_data: Path) -> list[Layer]:
-    """The layer of what suits the model and the conversations; that of the file where no path is given."""
+def fitting_conversations(given: list[Layer], without_data: Path) -> list[Layer]:
+    """The layer of what suits the model that is tuned; that of the file where no path is given.
+
+    How much a step is, where nobody says, is left to the tokens, which are not counted yet.
+    """
     if is_none(lookup(given, "data.path")):
         chosen = dict(file_layer(without_data).values)
     else:
         dim, lora = as_count(lookup(given, "model.dim")) or 1024, str(lookup(given, "lora.r", 0)) != "0"
-        chosen = recommend_tuning(bytes_of_text(config_class, given), dim, lora)
-    limit = as_count(lookup(given, "model.max_seq_len")) or math.inf
-    seq_len = as_count(lookup(given, "data.seq_len")) or min(chosen["data.seq_len"], limit)
-    rows = max(1, round(chosen["train.batch_tokens"] / seq_len))
-    chosen |= {"data.seq_len": seq_len, "train.batch_tokens": rows * seq_len}
+        chosen = recommend_tuning(dim, lora)
+    limits = (as_count(lookup(given, name)) or math.inf for name in ("model.max_seq_len", "train.batch_tokens"))
+    seq_len = as_count(lookup(given, "data.seq_len")) or min(chosen["data.seq_len"], *limits)
+    chosen["data.seq_len"] = seq_len
+    if "train.batch_tokens" in chosen:
+        chosen["train.batch_tokens"] = max(1, round(chosen["train.batch_tokens"] / seq_len)) * seq_len
     if lookup(given, "optim.lr") is not None or lookup(given, "optim.name") is not None:
         chosen.pop("optim.muon_lr", None)
     return [Layer("chosen for the conversations", without_limits(chosen, given))]

@@ -26,7 +26,7 @@ from minillm.model.init import init_weights
 from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken, Objective
 from minillm.optim import build_optimizer, lr_at, warmup_steps
-from minillm.plan import count_parameters, flops_per_token, micro_batch_size
+from minillm.plan import count_parameters, flops_per_token, micro_batch_size, tuning_rows
 from minillm.recipe.config import RecipeConfig
 from minillm.run import RunDirectory
 from minillm.strategy import resolve
@@ -61,6 +61,9 @@ def settle(config: RecipeConfig, tokenizer: Tokenizer, sources: list[Source], di
     if train.patience is not None and not held_out(sources):
         raise ValueError("train.patience: nothing is held out to evaluate on; give data.val, or leave patience out")
     shape = config.model.to_config(vocab_size=tokenizer.vocab_size)
+    if train.batch_tokens is None:
+        n_tokens = sum(source.prepared.train.n_tokens for source in sources)
+        train = dataclasses.replace(train, batch_tokens=data.seq_len * tuning_rows(n_tokens, data.seq_len))
     samples_per_step = train.batch_tokens // data.seq_len
     if train.precision == "auto":
         train = dataclasses.replace(train, precision=dist.broadcast(best_precision(device)))  # measured, so not by each
