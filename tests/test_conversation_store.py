@@ -160,6 +160,22 @@ def test_a_bad_row_is_named_by_file_and_row_or_skipped_and_counted(tmp_path, cap
     assert "skipped 2 rows that are no conversation" in describe(source.prepared)
 
 
+def test_a_line_that_is_no_json_is_a_bad_row(tmp_path, caplog):
+    lines = [json.dumps(row(0)), '{"messages": [', json.dumps(row(1)), "hi"]
+    rows, listed = tmp_path / "rows.jsonl", tmp_path / "list.json"
+    rows.write_text("\n".join(lines))
+    listed.write_text("[" + ",".join(lines) + "]")
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: the row is not valid JSON: Expecting value .*on_bad skip"):
+        prepared(tmp_path, [], path=str(rows))
+    skip = TurnsConfig(on_bad="skip")
+    [source] = prepared(tmp_path, [], skip, path=str(rows))
+    assert documents(source.prepared.train) == [rendered(row(0)), rendered(row(1))]
+    assert source.prepared.info["conversations"]["bad"] == 2
+    assert "rows.jsonl:4: the row is not valid JSON: Expecting value (column 1)" in caplog.text
+    with pytest.raises(ValueError, match=r"list.json:1: not valid JSON"):  # where the next row begins is not known
+        prepared(tmp_path, [], skip, path=str(listed))
+
+
 def test_a_role_without_a_place_in_the_template_is_a_bad_row(tmp_path):
     rows = [{"system": "s", "prompt": "p", "completion": "c"}]
     with pytest.raises(ValueError, match=r"rows.jsonl:1: the template mistral has no place for a system message"):

@@ -6,39 +6,51 @@ A list is read element by element, so that memory is bounded by the largest row 
 import codecs
 import json
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 CHUNK = 2**20
 FENCE = 0x6D696E696C6C6D  # a number that is in no row
 NOT_A_LIST = "a list of rows is expected, [...]; if each line is a row of its own, name the file .jsonl"
 
 
-def jsonl_rows(text: str, file: str, first_line: int) -> tuple[list[int], list[object]]:
-    """(lines, values) of the rows of JSONL; lines without anything are no rows."""
+class NotJSON(NamedTuple):
+    """A line that is no JSON, in the place of its value."""
+
+    why: str
+
+
+def jsonl_rows(text: str, file: str, first_line: int, strict: bool = True) -> tuple[list[int], list[object]]:
+    """(lines, values) of the rows of JSONL; lines without anything are no rows.
+
+    Raises ValueError for a line that is no JSON; not `strict`: it is NotJSON.
+    """
     rows = text.removesuffix("\n").split("\n")
     lines = list(range(first_line, first_line + len(rows)))
     if "" in rows or any(map(str.isspace, rows)):
         lines = [line for line, row in zip(lines, rows) if row and not row.isspace()]
         rows = [row for row in rows if row and not row.isspace()]
     if len(rows) == 1:  # perhaps a very long one, of which the list would be one copy more
-        return lines, [json_value(rows[0], f"{file}:{lines[0]}")]
+        return lines, [json_value(rows[0], f"{file}:{lines[0]}", strict)]
     # One list is parsed twice as fast as its rows. The fences tell rows apart that would be whole only together.
     try:
         values = json.loads(f"[{f',{FENCE},'.join(rows)}]")
     except (ValueError, RecursionError):
         values = []
     if len(values) != max(0, 2 * len(rows) - 1) or values[1::2] != [FENCE] * len(values[1::2]):
-        return lines, [json_value(row, f"{file}:{line}") for line, row in zip(lines, rows)]
+        return lines, [json_value(row, f"{file}:{line}", strict) for line, row in zip(lines, rows)]
     return lines, values[::2]
 
 
-def json_value(row: str, place: str) -> object:
+def json_value(row: str, place: str, strict: bool) -> object:
     try:
         return json.loads(row)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not valid JSON: {error.msg} (column {error.colno})") from None
+        why = f"{error.msg} (column {error.colno})"
     except (RecursionError, ValueError) as error:  # nested, or with digits, beyond Python's limits
-        raise ValueError(f"{place}: not valid JSON: {error}") from None
+        why = str(error)
+    if strict:
+        raise ValueError(f"{place}: not valid JSON: {why}")
+    return NotJSON(why)
 
 
 def row_texts(values: list[object], lines: list[int], file: str, field: str) -> list[str]:
@@ -80,6 +92,8 @@ def named(value: object) -> str:
     """A JSON value in words: `a number`."""
     if value is None:
         return "null"
+    if isinstance(value, NotJSON):
+        return f"not valid JSON: {value.why}"
     kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
     return kinds.get(type(value), f"a {type(value).__name__}")
 

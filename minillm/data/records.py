@@ -7,7 +7,9 @@ from minillm.data.json_rows import json_list_rows, jsonl_rows
 from minillm.data.tables import ROWS, csv_fields, opened_parquet
 from minillm.data.text import BLOCK, MAX_ROW, decoded, opened, raw_blocks, text_format
 
-Records = Iterator[tuple[int, object]]  # (line, row), a row mostly a dict of its fields
+Records = Iterator[
+    tuple[int, object]
+]  # (line, row), a row mostly a dict of its fields; a line of .jsonl may be NotJSON
 
 
 def records(path: str | Path) -> Records:
@@ -22,7 +24,7 @@ def records(path: str | Path) -> Records:
         match kind:
             case "jsonl":
                 for block in raw_blocks(name, file, packed, "row"):
-                    yield from zip(*jsonl_rows(decoded(block), name, block.line))
+                    yield from zip(*jsonl_rows(decoded(block), name, block.line, strict=False))
             case "json":
                 for lines, rows in json_list_rows(name, file, BLOCK, MAX_ROW):
                     yield from zip(lines, rows)
