@@ -175,7 +175,7 @@ def test_a_dataset_info_beside_a_file_says_how_it_is_read(tmp_path):
     assert layout_of(tmp_path / "z.json", {}) is None
     with pytest.raises(ValueError, match=r"describes c\.json in several ways; say which by data.columns"):
         layout_of(tmp_path / "c.json", {})
-    with pytest.raises(ValueError, match="half: its columns name no prompt and response, and no messages"):
+    with pytest.raises(ValueError, match="half: its columns are not enough for a conversation; prompt and response"):
         layout_of(tmp_path / "d.json", {})
 
 

@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from minillm.data.conversations import read_columns
+from minillm.data.conversations import CONVERSATIONS, Formats, read_columns
 
 
 class ValSplit(NamedTuple):
@@ -148,6 +148,8 @@ class DataConfig(StoriesOrTextConfig, SharedTextConfig):
 class ConversationsConfig(DataConfig):
     """Conversations to learn answers from, and how they are cut into rows."""
 
+    formats: ClassVar[Formats] = CONVERSATIONS
+
     path: Annotated[str | list[str] | None, "files, folders or globs of .jsonl, .json, .csv, .parquet"] = None
     columns: Annotated[
         list[str], "PART=FIELD each, where the format is not a usual one: prompt=ask,response=reply or messages=chat"
@@ -157,9 +159,11 @@ class ConversationsConfig(DataConfig):
     def __post_init__(self):
         fixed = {"document": "file", "text_field": "text", "packing": True}
         problems = [
-            f"{name}: a row is a conversation; leave it out" for name in fixed if getattr(self, name) != fixed[name]
+            f"{name}: a row is {self.formats.what}; leave it out"
+            for name in fixed
+            if getattr(self, name) != fixed[name]
         ]
-        for check in (super().__post_init__, lambda: read_columns(self.columns)):
+        for check in (super().__post_init__, lambda: read_columns(self.columns, self.formats)):
             try:
                 check()
             except ValueError as error:

@@ -19,23 +19,45 @@ from minillm.data.chat_templates import FOLLOWS, Message, Role
 from minillm.data.json_rows import named
 from minillm.files import read_json
 
-FORMATS: dict[str, dict[str, str]] = {
-    "alpaca": {
-        "prompt": "instruction",
-        "query": "input",
-        "response": "output",
-        "system": "system",
-        "history": "history",
-        "tools": "tools",
+
+class Formats(NamedTuple):
+    """How rows of a kind may be written."""
+
+    what: str  # such a row is
+    usual: Mapping[str, Mapping[str, str]]  # the fields of the parts in each format, the first that fits counting
+    sufficient: Sequence[set[str]]  # parts, of which one set has to be there
+    needed: str  # the same in words
+
+    @property
+    def parts(self) -> list[str]:
+        """All that a row may have."""
+        return list(dict.fromkeys(part for columns in self.usual.values() for part in columns))
+
+    def enough(self, columns: Mapping[str, str]) -> set[str]:
+        """The parts without which a row with these columns is none; empty where the columns are too few."""
+        return next((parts for parts in self.sufficient if parts <= set(columns)), set())
+
+
+CONVERSATIONS = Formats(
+    "a conversation",
+    {
+        "alpaca": {
+            "prompt": "instruction",
+            "query": "input",
+            "response": "output",
+            "system": "system",
+            "history": "history",
+            "tools": "tools",
+        },
+        "sharegpt": {"messages": "conversations", "system": "system", "tools": "tools"},
+        "openai": {"messages": "messages", "tools": "tools"},
+        "prompt and completion": {"prompt": "prompt", "response": "completion", "system": "system", "tools": "tools"},
+        "question and answer": {"prompt": "question", "response": "answer", "system": "system"},
+        "text": {"text": "text"},
     },
-    "sharegpt": {"messages": "conversations", "system": "system", "tools": "tools"},
-    "openai": {"messages": "messages", "tools": "tools"},
-    "prompt and completion": {"prompt": "prompt", "response": "completion", "system": "system", "tools": "tools"},
-    "question and answer": {"prompt": "question", "response": "answer", "system": "system"},
-    "text": {"text": "text"},
-}
-PARTS = ("prompt", "query", "response", "system", "history", "messages", "tools", "text")
-SUFFICIENT = ({"prompt", "response"}, {"messages"}, {"text"})  # parts, of which one set has to be there
+    ({"prompt", "response"}, {"messages"}, {"text"}),
+    "prompt and response, messages, or text",
+)
 Side = Role | Literal["call"]  # call: the assistant, what it says being calls of tools
 # What each role is called: by us and OpenAI, by ShareGPT, and by LLaMA-Factory.
 ROLES: dict[str, Side] = {
@@ -52,6 +74,7 @@ ROLES: dict[str, Side] = {
 }
 ROLE_FIELDS, CONTENT_FIELDS = ("role", "from"), ("content", "value")
 INFO = "dataset_info.json"
+INFO_PARTS = {"kto_tag": "label"}  # parts that have another name there
 # The tags of a dataset_info.json that name a role, or the field of a message.
 ROLE_TAGS: dict[str, Side] = {
     "user_tag": "user",
@@ -85,22 +108,23 @@ class Layout(NamedTuple):
 # --- which format -----------------------------------------------------------------------------------------------------
 
 
-def read_columns(pairs: Sequence[str]) -> dict[str, str]:
+def read_columns(pairs: Sequence[str], formats: Formats = CONVERSATIONS) -> dict[str, str]:
     """`data.columns`, a PART=FIELD each, as a dict. Raises ValueError where a pair is none or parts are missing."""
     columns = {}
     for pair in pairs:
         part, equals, field = pair.partition("=")
         if not equals or not field:
             raise ValueError(f"columns: {pair!r} is no PART=FIELD")
-        if part not in PARTS:
-            raise ValueError(f"columns: {part} is no part of a conversation{nearest(part, PARTS)} ({', '.join(PARTS)})")
+        if part not in formats.parts:
+            parts = ", ".join(formats.parts)
+            raise ValueError(f"columns: {part} is no part of {formats.what}{nearest(part, formats.parts)} ({parts})")
         columns[part] = field
-    if columns and not any(parts <= set(columns) for parts in SUFFICIENT):
-        raise ValueError(f"columns: {', '.join(columns)} are given; prompt and response, messages, or text are needed")
+    if columns and not formats.enough(columns):
+        raise ValueError(f"columns: {', '.join(columns)} are given; {formats.needed} are needed")
     return columns
 
 
-def layout_of(file: str | Path, columns: Mapping[str, str]) -> Layout | None:
+def layout_of(file: str | Path, columns: Mapping[str, str], formats: Formats = CONVERSATIONS) -> Layout | None:
     """The layout that a file has by the configuration, or a dataset_info.json beside it; None: its rows tell."""
     if columns:
         return Layout("data.columns", columns)
@@ -109,7 +133,7 @@ def layout_of(file: str | Path, columns: Mapping[str, str]) -> Layout | None:
         return None
     entries = {name: entry for name, entry in read_json(info).items() if isinstance(entry, dict)}
     layouts = [
-        info_layout(f"{info}: {name}", entry)
+        info_layout(f"{info}: {name}", entry, formats)
         for name, entry in entries.items()
         if entry.get("file_name") == Path(file).name and (entry.get("columns") or entry.get("tags"))
     ]
@@ -118,25 +142,27 @@ def layout_of(file: str | Path, columns: Mapping[str, str]) -> Layout | None:
     return layouts[0] if layouts else None
 
 
-def info_layout(name: str, entry: Mapping[str, Any]) -> Layout:
+def info_layout(name: str, entry: Mapping[str, Any], formats: Formats) -> Layout:
     """The layout that an entry of a dataset_info.json describes."""
-    sharegpt = entry.get("formatting", "alpaca") == "sharegpt"
-    columns = {part: field for part, field in (entry.get("columns") or {}).items() if part in PARTS}
-    columns = columns or FORMATS["sharegpt" if sharegpt else "alpaca"]
-    if not any(parts <= set(columns) for parts in SUFFICIENT):
-        raise ValueError(f"{name}: its columns name no prompt and response, and no messages")
+    given = {INFO_PARTS.get(part, part): field for part, field in (entry.get("columns") or {}).items()}
+    columns = {part: field for part, field in given.items() if part in formats.parts}
+    if not columns:
+        formatting = entry.get("formatting", "alpaca")
+        columns = next((formats.usual[usual] for usual in formats.usual if usual.startswith(formatting)), {})
+    if not formats.enough(columns):
+        raise ValueError(f"{name}: its columns are not enough for {formats.what}; {formats.needed} are needed")
     tags = entry.get("tags") or {}
     roles = ROLES | {tags[tag]: role for tag, role in ROLE_TAGS.items() if tag in tags}
     role_fields, content_fields = ((tags[tag],) if tag in tags else None for tag in FIELD_TAGS)
     return Layout(name, columns, roles, role_fields or ROLE_FIELDS, content_fields or CONTENT_FIELDS)
 
 
-def recognised(row: Mapping[str, Any]) -> Layout:
+def recognised(row: Mapping[str, Any], formats: Formats = CONVERSATIONS) -> Layout:
     """The layout of a row by its fields. Raises ValueError with the fields that were found."""
-    for name, columns in FORMATS.items():
-        if any(parts <= set(columns) and all(columns[part] in row for part in parts) for parts in SUFFICIENT):
+    for name, columns in formats.usual.items():
+        if all(columns[part] in row for part in formats.enough(columns)):
             return Layout(name, columns)
-    known = "; ".join(f"{name}: {', '.join(columns.values())}" for name, columns in FORMATS.items())
+    known = "; ".join(f"{name}: {', '.join(columns.values())}" for name, columns in formats.usual.items())
     found = ", ".join(map(str, row)) or "no fields"
     raise ValueError(f"the format is not known (found: {found}); name the fields in data.columns, or use {known}")
 
@@ -146,44 +172,54 @@ def recognised(row: Mapping[str, Any]) -> Layout:
 
 def conversation_of(row: object, layout: Layout | None = None) -> Conversation:
     """What was said in a row. Raises ValueError, without the place of the row, where that cannot be learned from."""
-    if not isinstance(row, Mapping):
-        raise ValueError(f"the row is {named(row)}; an object with fields is expected")
+    row = checked_row(row)
     layout = layout or recognised(row)
     columns = layout.columns
     if "text" in columns:
         return Conversation([], text_of(row, columns["text"]))
-    messages = []
-    if system := optional_text(row, columns.get("system")):
-        messages.append(Message("system", system))
-    if "messages" in columns:
-        messages += listed_messages(row, columns["messages"], layout)
-    else:
-        messages += paired_messages(row, layout)
+    messages = [*asked_messages(row, layout)]
+    if "response" in columns and "messages" not in columns:
+        messages += said_messages(row, "response", "assistant", layout)
     check_order(messages)
     return Conversation([*described_tools(row, columns.get("tools")), *messages])
 
 
-def paired_messages(row: Mapping[str, Any], layout: Layout) -> Iterator[Message]:
-    """The messages of a row with a question and its answer; either may be a list of messages already."""
+def checked_row(row: object) -> Mapping[str, Any]:
+    """A row with fields. Raises ValueError for any other."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"the row is {named(row)}; an object with fields is expected")
+    return row
+
+
+def asked_messages(row: Mapping[str, Any], layout: Layout) -> Iterator[Message]:
+    """What the system and the user say: the messages of a row, but for those of its response."""
     columns = layout.columns
+    if system := optional_text(row, columns.get("system")):
+        yield Message("system", system)
+    if "messages" in columns:
+        yield from said_messages(row, "messages", None, layout)
+        return
     history = row.get(columns.get("history", "")) or []
     if not isinstance(history, list) or any(not isinstance(turn, list) or len(turn) != 2 for turn in history):
         raise ValueError(f'field "{columns["history"]}": a list of [question, answer] is expected')
     for number, turn in enumerate(history):
         for role, said in zip(("user", "assistant"), turn):
             yield Message(role, checked_text(said, f'field "{columns["history"]}", turn {number}'))
-    for part, role in (("prompt", "user"), ("response", "assistant")):
-        if isinstance(row.get(columns[part]), list):
-            yield from listed_messages(row, columns[part], layout)
-            continue
-        said = text_of(row, columns[part])
-        more = optional_text(row, columns.get("query")) if part == "prompt" else ""
-        yield Message(role, "\n".join(filter(None, (said, more))))
+    if isinstance(row.get(columns["prompt"]), (list, Mapping)):
+        yield from said_messages(row, "prompt", "user", layout)
+        return
+    said = text_of(row, columns["prompt"]), optional_text(row, columns.get("query"))
+    yield Message("user", "\n".join(filter(None, said)))
 
 
-def listed_messages(row: Mapping[str, Any], field: str, layout: Layout) -> Iterator[Message]:
-    """The messages of a field that holds a list of them."""
+def said_messages(row: Mapping[str, Any], part: str, by: Role | None, layout: Layout) -> Iterator[Message]:
+    """The messages of a part: a list of them, one by itself, or a text, which is said `by` that role."""
+    field = layout.columns[part]
     found = row.get(field)
+    if by is not None and not isinstance(found, (list, Mapping)):
+        yield Message(by, text_of(row, field))
+        return
+    found = [found] if by is not None and isinstance(found, Mapping) else found
     if not isinstance(found, list):
         raise ValueError(f'field "{field}" is {named(found)}; a list of messages is expected')
     for number, message in enumerate(found):

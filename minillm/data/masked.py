@@ -40,7 +40,7 @@ class Masked(NamedTuple):
     """Documents on their way from a worker to the files."""
 
     tokens: np.ndarray  # of all documents
-    trained: np.ndarray  # uint8 a token: 1 where it is learned
+    marks: np.ndarray  # uint8 a token: 1 where it is learned
     lengths: np.ndarray  # tokens of each document
     numbers: np.ndarray  # which of the conversations that were given each document is
     counts: dict[str, int]
@@ -48,9 +48,9 @@ class Masked(NamedTuple):
 
 def encode_conversations(
     template: ChatTemplate,
-    tokenizer: Tokenizer,
     train_on: TrainOn,
     long: str,
+    tokenizer: Tokenizer,
     seq_len: int,
     conversations: Sequence[Conversation],
 ) -> Masked:
