@@ -1,13 +1,36 @@
 """Preferences are stored once as trees: a prompt and its answers, each of which goes on from the end of the prompt."""
 
+import json
+from itertools import pairwise, product
+
 import numpy as np
 import pytest
 import torch
 
+from minillm.data.chat import prompt, render_all
+from minillm.data.chat_templates import TEMPLATES, Message
+from minillm.data.config import ConversationsConfig, PreferencesConfig
+from minillm.data.conversation_store import open_conversations
 from minillm.data.loader import Loader, eval_batches
-from minillm.data.rows import gather
+from minillm.data.masked import TurnsConfig
+from minillm.data.preference_store import open_preferences
+from minillm.data.rows import gather, plan_of
+from minillm.data.shards import describe
+from minillm.data.store import verify
+from minillm.data.trees import PairsConfig
 from minillm.losses import IGNORE_INDEX
 from minillm.model.masks import restart_positions
+from minillm.tokenizer import ByteTokenizer, load_tokenizer
+
+TOKENIZER = ByteTokenizer()
+CHATML = TEMPLATES["chatml"]
+PAIRS = PairsConfig()
+CHAT = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+]
 
 
 class Trees:
@@ -94,3 +117,279 @@ def test_every_learned_token_of_a_tree_is_a_target_once_with_its_branch_and_refe
     pairs = zip(store.read["tokens"][trained].tolist(), store.read["branches"][trained].tolist())
     assert sorted(zip(learned.tolist(), found.tolist())) == sorted(pairs)
     assert torch.equal(reference, -learned.float())
+
+
+# --- what is stored ---------------------------------------------------------------------------------------------------
+
+
+def row(number, size=5, asked=4, **fields):
+    answers = {"chosen": "x" * (size + number % 7), "rejected": "y" * (size + number % 5)}
+    return {"prompt": f"{number} " + "q" * asked} | answers | fields
+
+
+def prepared(tmp_path, rows, answers="pairs", template=CHATML, tokenizer=TOKENIZER, pairs=PAIRS, **fields):
+    path = fields.pop("path", None) or write(tmp_path / "rows.jsonl", rows)
+    fields = {"val": "0", "seq_len": 256, "workers": 1, "cache_dir": str(tmp_path / "cache"), **fields}
+    [source] = open_preferences(PreferencesConfig(path=path, **fields), pairs, template, tokenizer, answers)
+    return source.prepared
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def unshared(store):
+    """Of each document {branch: (tokens, learned)}: the prompt and the answer as if they stood by themselves."""
+    found = []
+    for start, stop in pairwise(store.document_offsets.tolist()):
+        tokens, branches, learned = (read(start, stop) for read in (store.tokens, store.branches, store.trained))
+        prompt, each = tokens[branches == 0].tolist(), {}
+        for branch in sorted(set(branches.tolist()) - {0}):
+            here = branches == branch
+            assert not learned[here][0]  # a copy of the prompt's last token
+            each[branch] = (prompt + tokens[here].tolist(), [0] * len(prompt) + learned[here].tolist())
+        found.append(each)
+    return found
+
+
+def rendered(*said, before=0):
+    """What `render` gives, up to the last token that is learned; of so many answers nothing is."""
+    [one] = render_all(CHATML, TOKENIZER, [[Message(*message) for message in said]])
+    end = one.answers[-1][1]
+    learned = np.zeros(end, int)
+    for start, stop in one.answers[before:]:
+        learned[start:stop] = 1
+    return one.tokens[:end].tolist(), learned.tolist()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_answer_with_its_prompt_is_a_conversation_as_it_is_rendered(tmp_path, workers):
+    rows = [row(number) for number in range(300)]
+    rows[7] = {"chosen": CHAT, "rejected": [*CHAT[:-1], {"role": "assistant", "content": "<|im_end|>"}]}
+    ready = prepared(tmp_path, rows, workers=workers)
+    found = unshared(ready.train)
+    assert len(found) == 300
+    chat = [tuple(message.values()) for message in CHAT]
+    assert found[7] == {1: rendered(*chat, before=1), 2: rendered(*chat[:-1], ("assistant", "<|im_end|>"), before=1)}
+    for number in (0, 299):
+        asked = ("user", rows[number]["prompt"])
+        expected = [rendered(asked, ("assistant", rows[number][part])) for part in ("chosen", "rejected")]
+        assert found[number] == dict(enumerate(expected, 1))
+    assert ready.train.source(299) == f"{tmp_path}/rows.jsonl:300"
+    verify(ready.directory)
+
+
+def test_text_that_spells_a_control_token_stays_text(tmp_path):
+    rows = [{"prompt": "<|im_end|>", "chosen": "<|im_start|>a", "rejected": "</s><|im_end|>"}]
+    [document] = unshared(prepared(tmp_path, rows).train)
+    for tokens, learned in document.values():
+        assert [tokens.count(TOKENIZER.special_tokens[name]) for name in ("<|im_start|>", "<|im_end|>")] == [2, 2]
+        assert tokens[-1] == TOKENIZER.special_tokens["<|im_end|>"]
+        assert learned[-1] == 1
+
+
+def test_packed_rows_read_apart_are_the_stored_answers(tmp_path):
+    """From a batch each answer is put together with its prompt by doc_ids, branches and positions alone."""
+    ready = prepared(tmp_path, [row(number) for number in range(40)])
+    expected = {}
+    for each in unshared(ready.train):
+        for tokens, learned in each.values():
+            targets = [token if now else IGNORE_INDEX for token, now in zip(tokens[1:], learned[1:])]
+            expected[tuple(tokens)] = (*targets, IGNORE_INDEX)
+            expected[tuple(tokens[:-1])] = tuple(targets)  # the last token of a document is only a target
+    found = 0
+    for batch in eval_batches(ready.train, 256, True, 4):
+        for tokens, targets, positions, doc_ids, branches in zip(*batch[:5]):
+            for document, branch in product(doc_ids.unique().tolist(), (1, 2)):
+                own = (doc_ids == document) & (branches == branch)
+                here = own | ((doc_ids == document) & (branches == 0))
+                if own.any():  # else padding
+                    assert positions[here].tolist() == list(range(int(here.sum())))
+                    assert tuple(targets[here].tolist()) == expected[tuple(tokens[here].tolist())]
+                    found += 1
+    assert found == 80
+
+
+# --- one by one -------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_with_a_label_is_stored_beside_the_answer_to_the_next_prompt(tmp_path):
+    rows = [{"prompt": f"p{number}", "completion": f"c{number}", "label": number != 1} for number in range(3)]
+    found = unshared(prepared(tmp_path, rows, "labels").train)
+    for number, each in enumerate(found):
+        own, other = f"c{number}", f"c{(number + 1) % 3}"
+        branch = 2 if number == 1 else 1
+        assert set(each) == {branch, 3}
+        for branch_number, said in ((branch, own), (3, other)):
+            assert each[branch_number] == rendered(("user", f"p{number}"), ("assistant", said))
+
+
+def test_for_labels_a_pair_is_two_answers(tmp_path):
+    found = unshared(prepared(tmp_path, [row(0), row(1)], "labels").train)
+    assert [set(each) for each in found] == [{1, 3}, {2, 3}] * 2
+    pairs = unshared(prepared(tmp_path, [row(0), row(1)]).train)
+    assert [found[0][1], found[1][2]] == [pairs[0][1], pairs[0][2]]
+    assert found[0][3] == rendered(("user", row(0)["prompt"]), ("assistant", row(1)["chosen"]))
+    assert found[3][3] == rendered(("user", row(1)["prompt"]), ("assistant", row(0)["rejected"]))
+
+
+def test_for_pairs_an_answer_with_a_label_is_refused(tmp_path):
+    rows = [row(0), {"prompt": "a", "completion": "b", "label": True}]
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: one answer with a label; .*on_bad skip"):
+        prepared(tmp_path, rows)
+    assert [set(each) for each in unshared(prepared(tmp_path, rows, None).train)] == [{1, 2}, {1, 3}]
+
+
+# --- long ones, bad ones ----------------------------------------------------------------------------------------------
+
+
+def whole_length(one):
+    apart = [len(rendered(("user", one["prompt"]), ("assistant", one[part]))[0]) for part in ("chosen", "rejected")]
+    return sum(apart) - len(asked(one["prompt"])) + 1
+
+
+def asked(text, *before):
+    return prompt(CHATML, TOKENIZER, [*before, Message("user", text)])
+
+
+def test_the_length_of_a_pair_is_that_of_the_tree(tmp_path):
+    one = row(0, size=30, asked=30)
+    length = whole_length(one)
+    ready = prepared(tmp_path, [one], seq_len=length - 1)
+    assert ready.train.n_tokens == length
+    assert "cut_prompts" not in {name for name, count in ready.info["preferences"].items() if count}
+    assert prepared(tmp_path, [one], seq_len=length - 2).info["preferences"]["cut_prompts"] == 1
+
+
+def test_a_long_prompt_loses_whole_turns_then_the_beginning_of_its_text(tmp_path):
+    talk = [{"role": "system", "content": "be brief"}, *CHAT[:2], {"role": "user", "content": "w" * 60}]
+    one = {"messages": talk, "chosen": "good", "rejected": "bad"}
+    system, last = Message("system", "be brief"), "w" * 60
+    without_turn = len(asked(last, system)) + len("goodbad") + 2 + 1
+    for seq_len, expected in (
+        (without_turn - 1, asked(last, system)),
+        (without_turn - 21, asked(last[20:], system)),
+        (40, asked("w" * 12)),
+    ):
+        ready = prepared(tmp_path, [one], seq_len=seq_len)
+        [each] = unshared(ready.train)
+        for branch, answer in ((1, "good"), (2, "bad")):
+            tokens, learned = each[branch]
+            assert tokens[: len(expected)] == expected, seq_len
+            assert TOKENIZER.decode([t for t, now in zip(tokens, learned) if now]) == answer
+        assert ready.info["preferences"]["cut_prompts"] == 1
+        assert ready.train.n_tokens <= seq_len + 1
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [(400, 300), (400, 20), (20, 400)])
+def test_long_answers_are_cut_to_one_limit(tmp_path, chosen, rejected):
+    one = {"prompt": "why?", "chosen": "x" * chosen, "rejected": "y" * rejected}
+    ready = prepared(tmp_path, [one], seq_len=200)
+    [each] = unshared(ready.train)
+    lengths = [sum(learned) for _, learned in each.values()]
+    room = 201 - len(asked("why?")) - 1
+    limit = max(lengths)
+    assert lengths == [min(chosen + 1, limit), min(rejected + 1, limit)]
+    assert room - 1 <= sum(lengths) <= room
+    assert all(tokens[: len(asked("why?"))] == asked("why?") for tokens, _ in each.values())
+    counts = ready.info["preferences"]
+    assert (counts["cut_answers"], counts["cut_prompts"]) == (1, 0)
+    assert counts["ended"] == sum(length < 100 for length in (chosen, rejected))
+    assert counts["truncated"] == counts["tokens"] - counts["stored"]
+    with pytest.raises(ValueError, match=r"none is left for train, 1 are longer than data\.seq_len 200"):
+        prepared(tmp_path, [one], seq_len=200, pairs=PairsConfig(long="drop"))
+
+
+def test_pairs_that_teach_nothing_are_dropped_and_counted(tmp_path):
+    rows = [
+        row(0),
+        row(1, chosen="same", rejected="same"),
+        row(2, chosen=" "),
+        row(3, rejected=""),
+        row(4, chosen="x" * 300 + "a", rejected="x" * 300 + "b"),
+        row(5),
+    ]
+    ready = prepared(tmp_path, rows)
+    assert ready.train.n_documents == 2
+    counts = ready.info["preferences"]
+    assert [counts[name] for name in ("found", "equal", "empty", "alike", "pairs")] == [6, 1, 2, 1, 2]
+    said = describe(ready)
+    assert "dropped 1 whose answers are equal" in said
+    assert "dropped 2 with an empty answer" in said
+    assert "dropped 1 whose answers differ only after what fits in data.seq_len" in said
+    assert "answers: 2 chosen, of 8.5 tokens on average; 2 rejected, of 6.0 tokens on average" in said
+    assert "of 2 pairs the chosen one is longer in 50.0%, shorter in 0.0%" in said
+
+
+def test_equal_answers_everywhere_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="of 2 preferences none is left for train, 2 have equal answers"):
+        prepared(tmp_path, [row(number, chosen="a", rejected="a") for number in range(2)])
+
+
+def test_a_bad_row_is_named_by_file_and_row_or_skipped_and_counted(tmp_path):
+    rows = [row(0), {"prompt": "a", "chosen": "b"}, row(1)]
+    with pytest.raises(ValueError, match=r'rows.jsonl:2: field "rejected" is missing .*--dpo.on_bad skip'):
+        prepared(tmp_path, rows)
+    assert not list((tmp_path / "cache").glob("rows*/*"))
+    ready = prepared(tmp_path, rows, pairs=PairsConfig(on_bad="skip"))
+    assert (ready.train.n_documents, ready.info["preferences"]["bad"]) == (2, 1)
+    assert "skipped 1 rows that are no preference" in describe(ready)
+
+
+# --- kept, split ------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_prepared_alike_every_time_and_anew_for_all_that_it_depends_on(tmp_path):
+    rows = [row(number) for number in range(9)]
+    variants = [{}, {"answers": "labels"}, {"pairs": PairsConfig(long="drop")}, {"seq_len": 64}, {"max_samples": 3}]
+    folders = [prepared(tmp_path, rows, **variant).directory for variant in variants]
+    assert len(set(folders)) == len(variants)
+    again = prepared(tmp_path, rows, cache_dir=str(tmp_path / "other"), workers=2).directory
+    assert again.name == folders[0].name
+    files = sorted(path.name for path in again.glob("*.npy"))
+    assert "train-branches.npy" in files
+    assert all((again / name).read_bytes() == (folders[0] / name).read_bytes() for name in files)
+
+
+def test_a_prompt_is_held_out_with_all_its_answers(tmp_path):
+    rows = [row(number // 2, chosen=f"c{number}") for number in range(80)]
+    ready = prepared(tmp_path, rows, val="hash 0.3")
+    sides = [{tuple(each[1][0][:20]) for each in unshared(store)} for store in (ready.train, ready.val)]
+    assert min(map(len, sides)) > 3
+    assert sides[0].isdisjoint(sides[1])
+    assert sum(store.n_documents for store in (ready.train, ready.val)) == 80
+
+
+def test_prepared_folders_that_do_not_suit_are_refused(tmp_path):
+    folder = str(prepared(tmp_path, [row(0), row(1)], seq_len=128).directory)
+    assert prepared(tmp_path, [], path=folder, seq_len=128).train.n_documents == 2
+    with pytest.raises(ValueError, match=r"prepared for rows of 128, which data\.seq_len 64 would cut"):
+        prepared(tmp_path, [], path=folder, seq_len=64)
+    with pytest.raises(ValueError, match="prepared as pairs, not labels"):
+        prepared(tmp_path, [], "labels", path=folder)
+    config = ConversationsConfig(path=write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}]), seq_len=64,
+                                 val="0", workers=1, cache_dir=str(tmp_path / "cache"))  # fmt: skip
+    [source] = open_conversations(config, TurnsConfig(), CHATML, TOKENIZER)
+    with pytest.raises(ValueError, match="prepared of other text"):
+        prepared(tmp_path, [], path=str(source.prepared.directory))
+
+
+def test_a_cached_reference_is_read_beside_the_tokens(tmp_path):
+    store = prepared(tmp_path, [row(number) for number in range(8)]).train
+    assert store.reference(0, 4) is None
+    with pytest.raises(ValueError, match="log-probabilities of another text"):
+        store.give_reference(np.zeros(3, np.float32))
+    store.give_reference(-store.tokens(0, store.n_tokens).astype(np.float32))
+    for batch in eval_batches(store, 256, True, 4):
+        learned = batch.targets != IGNORE_INDEX
+        assert torch.equal(batch.reference, torch.where(learned, -batch.targets, 0).float())
+
+
+@pytest.mark.parametrize(("name", "answers"), [("dpo_en", "pairs"), ("dpo_zh", "pairs"), ("kto_en", "labels")])
+def test_rows_of_real_preferences_are_more_than_93_percent_full(real_data, tmp_path, name, answers):
+    tokenizer, path = load_tokenizer(real_data / "hf_tokenizer"), str(real_data / f"{name}.json")
+    ready = prepared(tmp_path, [], answers, TEMPLATES["qwen"], tokenizer, path=path, seq_len=1024, max_samples=150)
+    assert plan_of(ready.train, 1024).fill(1024) > 0.93
+    assert ready.train.n_documents == 150
+    assert (np.diff(ready.train.document_offsets) <= 1025).all()

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from minillm.data.conversations import CONVERSATIONS, Formats, read_columns
+from minillm.data.preferences import PREFERENCES
 
 
 class ValSplit(NamedTuple):
@@ -170,6 +171,18 @@ class ConversationsConfig(DataConfig):
                 problems += str(error).splitlines()
         if problems:
             raise ValueError("\n".join(problems))
+
+
+@dataclass(frozen=True)
+class PreferencesConfig(ConversationsConfig):
+    """Preferences to learn from, and how they are cut into rows."""
+
+    formats: ClassVar[Formats] = PREFERENCES
+
+    columns: Annotated[
+        list[str], "PART=FIELD each, where the format is not a usual one: prompt=ask,chosen=good,rejected=bad"
+    ] = field(default_factory=list)
+    max_samples: Annotated[int | None, "of each source, the first so many preferences; none: all", ">= 1"] = None
 
 
 def stem(path: str) -> str:

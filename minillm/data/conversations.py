@@ -181,6 +181,7 @@ def conversation_of(row: object, layout: Layout | None = None) -> Conversation:
     if "response" in columns and "messages" not in columns:
         messages += said_messages(row, "response", "assistant", layout)
     check_order(messages)
+    check_answers(messages)
     return Conversation([*described_tools(row, columns.get("tools")), *messages])
 
 
@@ -285,24 +286,39 @@ def as_json(value: object) -> str:
 
 
 def check_order(messages: Sequence[Message]) -> None:
-    """Raises ValueError where somebody speaks out of turn, or nothing is answered."""
+    """Raises ValueError where somebody speaks out of turn, or nobody answers last."""
     before: Role | None = None
-    for number, (role, content, calls) in enumerate(messages):
+    for number, (role, *_) in enumerate(messages):
         if before not in FOLLOWS[role]:
             after = f"after {before}" if before else "at the beginning"
             raise ValueError(
                 f"message {number}: {role} {after}; roles are out of order (user and assistant take turns)"
             )
-        if role == "assistant" and not content.strip() and not calls:
-            raise ValueError(f"message {number}: the answer is empty")
         before = role
     if before != "assistant":
         raise ValueError(f"the last message is of {before or 'nobody'}; an assistant turn is missing")
 
 
+def check_answers(messages: Sequence[Message]) -> None:
+    """Raises ValueError where nothing is answered."""
+    for number, message in enumerate(messages):
+        if message.role == "assistant" and says_nothing(message):
+            raise ValueError(f"message {number}: the answer is empty")
+
+
+def says_nothing(message: Message) -> bool:
+    """Whether a message is empty."""
+    return not message.content.strip() and not message.calls
+
+
+def missing(row: Mapping[str, Any], field: str) -> str:
+    """What to say of a row without a field."""
+    return f'field "{field}" is missing (found: {", ".join(map(str, row)) or "no fields"})'
+
+
 def text_of(row: Mapping[str, Any], field: str) -> str:
     if field not in row:
-        raise ValueError(f'field "{field}" is missing (found: {", ".join(map(str, row)) or "no fields"})')
+        raise ValueError(missing(row, field))
     return checked_text(row[field], f'field "{field}"')
 
 

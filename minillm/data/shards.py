@@ -28,6 +28,24 @@ Section = TypeVar("Section", bound=DataConfig)
 PACKED_RATIO = 3  # text is about this much larger than its .gz or .parquet
 SHARD_TOKENS = 2**28  # 512 MiB of uint16
 SMALL_CORPUS = 2**24  # bytes: 16 MiB are tokenised here in the time it takes to start processes
+# What the index counts of the rows of each kind that are not stored, or not whole.
+LEFT_OUT = {
+    "conversations": {
+        "bad": "skipped {} rows that are no conversation",
+        "cut": "cut {} conversations after the last answer that fits in data.seq_len",
+        "dropped": "dropped {} conversations, of which not even the first answer fits in data.seq_len",
+    },
+    "preferences": {
+        "bad": "skipped {} rows that are no preference",
+        "equal": "dropped {} whose answers are equal",
+        "empty": "dropped {} with an empty answer",
+        "dropped": "dropped {} that are longer than data.seq_len",
+        "emptied": "dropped {} that have no room for an answer in data.seq_len",
+        "alike": "dropped {} whose answers differ only after what fits in data.seq_len",
+        "cut_prompts": "cut the beginning of {} prompts to fit in data.seq_len",
+        "cut_answers": "cut the end of {} answers, or pairs of them alike, to fit in data.seq_len",
+    },
+}
 HASHED_CORPUS = 2**26  # bytes: up to 64 MiB, content decides whether a file has changed; beyond, size and mtime
 
 
@@ -222,21 +240,34 @@ def skipped(info: dict) -> list[str]:
     if empty:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         lines.append(f"skipped {len(empty)} file{'s' * (len(empty) > 1)} without text: {', '.join(empty[:5])}{more}")
-    counts = info.get("conversations", {})
-    reasons = {
-        "bad": "skipped {} rows that are no conversation",
-        "cut": "cut {} conversations after the last answer that fits in data.seq_len",
-        "dropped": "dropped {} conversations, of which not even the first answer fits in data.seq_len",
-    }
-    return lines + [reason.format(f"{counts[name]:,}") for name, reason in reasons.items() if counts.get(name)]
+    for kind, said in LEFT_OUT.items():
+        counts = info.get(kind, {})
+        lines += [what.format(f"{counts[name]:,}") for name, what in said.items() if counts.get(name)]
+    return lines
 
 
 def learned(info: dict) -> list[str]:
-    """What is learned of conversations, a line; none for other text."""
-    if "conversations" not in info:
+    """What is learned of conversations or preferences, in lines; none for other text."""
+    kind = next((kind for kind in LEFT_OUT if kind in info), None)
+    if kind is None:
         return []
-    counts = Counter(info["conversations"])
+    counts = Counter(info[kind])
     stored, trained = counts["stored"], counts["trained"]
     tokens = f"{trained:,} tokens trained ({trained / stored:.1%}), {stored - trained:,} masked"
     ends = f"{counts['ended']:,} of {counts['answers']:,} answers learned with their end"
-    return [f"{counts['found']:,} conversations: {tokens}, {counts['truncated']:,} truncated; {ends}"]
+    line = f"{counts['found']:,} {kind}: {tokens}, {counts['truncated']:,} truncated; {ends}"
+    return [line, *lengths(counts)] if kind == "preferences" else [line]
+
+
+def lengths(counts: Counter) -> list[str]:
+    """How long the answers are that are preferred, and those that are not."""
+    means = [
+        f"{counts[side]:,} {side}, of {counts[f'{side}_tokens'] / counts[side]:,.1f} tokens on average"
+        for side in ("chosen", "rejected")
+        if counts[side]
+    ]
+    line = f"answers: {'; '.join(means)}"
+    if not counts["pairs"]:
+        return [line]
+    longer = [f"{counts[f'{side}_longer'] / counts['pairs']:.1%}" for side in ("chosen", "rejected")]
+    return [f"{line}; of {counts['pairs']:,} pairs the chosen one is longer in {longer[0]}, shorter in {longer[1]}"]

@@ -1,0 +1,143 @@
+"""Preferences prepared once: rendered by a template, and stored as trees with their branches and what is learned."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Literal
+
+from minillm.data.chat import check_places
+from minillm.data.chat_templates import ChatTemplate
+from minillm.data.config import PreferencesConfig
+from minillm.data.conversations import Layout, layout_of
+from minillm.data.corpus import open_sources
+from minillm.data.mixture import Source
+from minillm.data.preferences import PREFERENCES, PreferencePair, preference_of
+from minillm.data.record_store import Found, Kind, prepare_records
+from minillm.data.records import records
+from minillm.data.store import Prepared
+from minillm.data.trees import PairsConfig, encode_preferences
+from minillm.tokenizer import Tokenizer
+
+Answers = Literal["pairs", "labels"]
+
+
+def open_preferences(
+    data: PreferencesConfig,
+    pairs: PairsConfig,
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    answers: Answers | None = "pairs",
+) -> list[Source]:
+    """The sources of preferences, prepared, with their places in the mixture: what the Loader takes.
+
+    A loss compares `pairs`, or takes answers one by one by their `labels`; a pair is then two of these. With None rows
+    stay as they are.
+    Raises ValueError naming file and row for what cannot be learned from.
+    """
+    return open_sources(
+        data, tokenizer, partial(prepare_preferences, kind=preferences(pairs, template, answers), answers=answers)
+    )
+
+
+def are_preferences(file: str | Path, columns: Mapping[str, str]) -> bool:
+    """Whether the rows of a file are preferences, as its first one says."""
+    parts = set(columns)
+    if not columns:
+        _, row = next(iter(records(file)), (0, {}))
+        parts = set(row) if isinstance(row, Mapping) else set()
+        try:
+            layout = layout_of(file, {}, PREFERENCES)
+        except ValueError:  # what describes the file describes no preferences
+            return False
+        parts = set(layout.columns) if layout else parts
+    return bool(parts & {"chosen", "rejected", "label"})
+
+
+def prepare_preferences(
+    config: PreferencesConfig, tokenizer: Tokenizer, *, kind: Kind, answers: Answers | None
+) -> Prepared:
+    """The trees of `config.path`; a path that is prepared already has to suit the run."""
+    prepared = prepare_records(config, tokenizer, kind=kind)
+    settings = prepared.info["settings"]
+    if kind.name not in prepared.info:
+        raise ValueError(f"{prepared.directory}: prepared of other text; of preferences it is needed")
+    if settings["seq_len"] > (config.seq_len or settings["seq_len"]):
+        raise ValueError(
+            f"{prepared.directory}: prepared for rows of {settings['seq_len']}, which data.seq_len {config.seq_len} "
+            "would cut in the middle of a pair; prepare the files again"
+        )
+    if answers not in (None, settings["answers"]):
+        raise ValueError(f"{prepared.directory}: prepared as {settings['answers']}, not {answers}; give the files")
+    return prepared
+
+
+def preferences(pairs: PairsConfig, template: ChatTemplate, answers: Answers | None) -> Kind:
+    """Rows that hold a preference each."""
+    return Kind(
+        name="preferences",
+        section="dpo",
+        marks="branches",
+        settings={"template": template.name, "answers": answers, "long": pairs.long, "on_bad": pairs.on_bad},
+        depends_on=dataclasses.asdict(template),
+        read=partial(read, template, answers),
+        said_in=said_in,
+        told_apart_by=asked_in,
+        encode=partial(encode_preferences, template, pairs.long),
+        reasons={
+            "equal": "have equal answers",
+            "empty": "have an empty answer",
+            "dropped": "are longer than data.seq_len {seq_len}",
+            "emptied": "have no room for an answer in data.seq_len {seq_len}",
+            "alike": "have answers that are equal in data.seq_len {seq_len}",
+        },
+        arranged=partial(arranged, answers),
+    )
+
+
+def read(template: ChatTemplate, answers: Answers | None, row: object, layout: Layout | None) -> PreferencePair:
+    """The preference of a row. Raises ValueError where there is none, or none that suits template and loss."""
+    preference = preference_of(row, layout)
+    for part in preference:
+        check_places(template, part)
+    if answers == "pairs" and not preference.paired:
+        raise ValueError("one answer with a label; the loss compares two, chosen and rejected (kto takes labels)")
+    return preference
+
+
+def said_in(preference: PreferencePair) -> str:
+    """All that is asked and answered."""
+    return "\n".join(part for said in preference[:3] for one in said for part in (one.content, *one.calls))
+
+
+def asked_in(preference: PreferencePair) -> str:
+    """What is asked; who answers it otherwise is held out together with it."""
+    return "\n".join(one.content for one in preference.prompt)
+
+
+# --- one by one -------------------------------------------------------------------------------------------------------
+
+
+def arranged(answers: Answers | None, found: Iterator[Found]) -> Iterator[Found]:
+    """Preferences with what a loss that takes answers one by one needs: beside each, what answers the next prompt.
+
+    The last of a file takes that of the first.
+    """
+    for _, of_file in groupby(found, key=lambda one: one.file):
+        first = before = next(of_file)
+        for one in chain(of_file, [first]):
+            for preference in one_by_one(answers, before.example, one.example):
+                yield before._replace(example=preference)
+            before = one
+
+
+def one_by_one(answers: Answers | None, one: PreferencePair, following: PreferencePair) -> Iterator[PreferencePair]:
+    """A pair, as it is or taken apart; or a single answer."""
+    if one.paired and answers != "labels":
+        yield one
+        return
+    if one.chosen:
+        yield one._replace(rejected=[], mismatched=following.chosen or following.rejected)
+    if one.rejected:
+        yield one._replace(chosen=[], mismatched=following.rejected or following.chosen)
