@@ -118,6 +118,47 @@ def test_accumulation_does_not_change_the_gradient(micro_batch_size):
         torch.testing.assert_close(parts.tensors()[name], tensor, rtol=1e-5, atol=1e-7)
 
 
+class Centred(SquaredError):
+    """The error, by the mean of the inputs of the whole batch, which no micro-batch knows."""
+
+    def __init__(self):
+        self.asked = []
+
+    def prepare(self, model, micro_batches, sum_over_ranks):
+        self.asked.append(len(micro_batches))
+        sums = sum_over_ranks(torch.stack([torch.stack([x.sum(), torch.tensor(x.numel())]) for x, *_ in micro_batches]))
+        prepared = Centred()
+        prepared.mean = sums[:, 0].sum() / sums[:, 1].sum()
+        return prepared
+
+    def __call__(self, model, batch):
+        loss, metrics = super().__call__(model, (batch[0] - self.mean, *batch[1:]))
+        return loss, metrics | {"mean": (self.mean, 1)}
+
+
+def test_an_objective_that_asks_for_it_knows_the_whole_batch_before_the_first_forward():
+    found = []
+    for size in (6, 2):
+        trainer = make_trainer(loader=Rows(micro_batch_size=size))
+        trainer.objective = Centred()
+        figures = [trainer.step() for _ in range(2)]
+        assert trainer.objective.asked == [6 // size] * 2  # once a step, of all micro-batches
+        assert not hasattr(trainer.objective, "mean")  # nothing of a step is left for the next
+        found.append((figures, weights(trainer)))
+    for one, other in zip(*(figures for figures, _ in found)):
+        assert one == pytest.approx(other, rel=1e-5)
+    assert found[0][0][0]["mean"] != pytest.approx(found[0][0][1]["mean"])
+    for name, tensor in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], tensor)
+
+
+def test_a_step_without_targets_is_prepared_for_nothing():
+    trainer = make_trainer(loader=Rows(ignored_steps=[0]))
+    trainer.objective = Centred()
+    trainer.step()
+    assert trainer.objective.asked == []
+
+
 def test_the_logged_loss_is_the_mean_over_the_units_of_the_whole_batch():
     trainer = make_trainer(loader=Rows(2))
     with torch.no_grad():

@@ -26,7 +26,7 @@ from minillm.trainer.config import DTYPES, Loader, TrainConfig, completed
 from minillm.trainer.norms import norms_noted
 from minillm.trainer.progress import NonFiniteError, Progress, Stopped
 from minillm.trainer.spikes import SpikeWatch
-from minillm.trainer.step import accumulate_gradients, mean_figures, report_non_finite
+from minillm.trainer.step import accumulate_gradients, mean_figures, of_this_step, report_non_finite
 from minillm.trainer.waiting import LoaderWatch
 
 SUMMED_UP = ("step", "tokens", "best_val_loss", "best_step", "skipped_steps", "spikes")
@@ -114,8 +114,9 @@ class Trainer:
             self.advance(skipped=True)
             return figures
 
+        objective = of_this_step(self.objective, self.model, micro_batches, self.autocast, dist, at.step)
         losses, metrics = accumulate_gradients(
-            self.model, self.objective, micro_batches, n, self.autocast, self.scaler, dist, self.seed, at.step
+            self.model, objective, micro_batches, n, self.autocast, self.scaler, dist, self.seed, at.step
         )
         dist.at(f"{place}: update")
         unscale_(self.scaler, self.optimizer)

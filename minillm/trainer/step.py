@@ -16,6 +16,22 @@ from minillm.trainer.config import moved
 from minillm.trainer.progress import dropout_seed
 
 
+def of_this_step(
+    objective: Objective,
+    model: nn.Module,
+    micro_batches: Sequence[Any],
+    autocast: Callable[[], AbstractContextManager],
+    dist: Context,
+    step: int,
+) -> Objective:
+    """The objective that knows what it must of the whole global batch; `step`: how many came before."""
+    if not hasattr(objective, "prepare"):
+        return objective
+    dist.at(f"step {step + 1}: looking at the global batch")
+    with autocast():
+        return objective.prepare(model, micro_batches, dist.sum)
+
+
 def accumulate_gradients(
     model: nn.Module,
     objective: Objective,
