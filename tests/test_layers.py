@@ -11,6 +11,7 @@ LAYERS = [
     ["data", "distributed", "lora", "quantize"],
     ["checkpoint"],
     ["objectives", "doctor", "hf", "generate", "plan"],
+    ["preference"],
     ["load", "eval", "memory"],
     ["merge", "strategy"],
     ["report", "trainer"],

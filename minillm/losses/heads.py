@@ -148,7 +148,7 @@ def token_logprobs(
         )
     if index is not None:
         logprobs = logprobs.new_zeros(targets.numel()).index_copy(0, index, logprobs)  # (N,) -> (B * T,)
-    return logprobs.view(targets.shape)
+    return logprobs.view(targets.shape).clone()  # of a view that leaves a model, FSDP2 warns
 
 
 def loss_and_hits(

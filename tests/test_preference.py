@@ -1,0 +1,547 @@
+"""Preferences in packed rows are what they are one by one; references stay what they were; what goes wrong is said."""
+
+import contextlib
+import copy
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from preferences import Trees, V, answer_logprobs, some_documents, unpaired
+from ranks import run_ranks
+
+from minillm.distributed.config import Layout
+from minillm.distributed.context import Context, connect, with_mesh
+from minillm.distributed.parallelize import parallelize
+from minillm.eval.perplexity import evaluate
+from minillm.lora import LoRAConfig, adapted, apply_lora
+from minillm.losses import LOSSES, kto_loss
+from minillm.model.config import ModelConfig
+from minillm.model.init import init_weights
+from minillm.model.transformer import Transformer
+from minillm.preference import FallingChosen, Frozen, Kept, Preference, WithoutAdapters, cache_reference, cached
+from minillm.trainer import TrainConfig, Trainer
+
+SHAPE = {"vocab_size": V, "dim": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64}
+ALONE = Context(torch.device("cpu"))
+
+
+def model_of(seed=0, dtype=torch.float64, **changes):
+    model = Transformer(ModelConfig(**SHAPE | changes))
+    init_weights(model, seed)
+    return model.to(dtype)
+
+
+def documents_for(name, n=6):
+    return some_documents(n, (1, 2) if LOSSES[name].paired else unpaired)
+
+
+def reference_for(name, model):
+    return Frozen(model) if LOSSES[name].reference else None
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def expected_loss(name, model, reference, documents, sft_weight):
+    """What is minimised, from forwards of one answer at a time: the mean of the losses, and the SFT term."""
+    entry = LOSSES[name]
+    reduce = torch.mean if entry.mean else torch.sum
+    ours = answer_logprobs(model, documents)
+    with torch.no_grad():
+        theirs = answer_logprobs(reference, documents)
+    if entry.paired:
+        columns = [torch.stack([reduce(one[branch]) for one in ours]) for branch in (1, 2)]
+        if entry.reference:
+            columns += [torch.stack([reduce(one[branch]) for one in theirs]) for branch in (1, 2)]
+        losses = entry.function(*columns)[0]
+    else:
+        ratios = [a[3].sum() - b[3].sum() for a, b in zip(ours, theirs)]
+        kl = torch.stack(ratios).mean().clamp(min=0).detach()
+        sums = [torch.stack([one[min(one)].sum() for one in each]) for each in (ours, theirs)]
+        losses = kto_loss(*sums, torch.tensor([min(one) == 1 for one in ours]), kl)[0]
+    sft = -torch.cat([one[1] for one in ours if 1 in one]).mean()
+    return losses.mean() + sft_weight * sft
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_packed_rows_with_shared_prompts_give_the_loss_and_gradient_of_answers_one_by_one(name):
+    model, reference, documents = model_of(0), model_of(1), documents_for(name)
+    expected = expected_loss(name, model, reference, documents, sft_weight=0.3)
+    wanted = gradients(model, expected)
+    objective = Preference(name, reference_for(name, reference), sft_weight=0.3)
+    for batch in (Trees(documents).batch(48), Trees(documents).alone()):
+        assert objective.count(batch) == len(documents)
+        prepared = objective.prepare(model, [batch], lambda tensor: tensor)
+        loss = prepared(model, batch)[0] / len(documents)
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(gradients(model, loss), wanted, rtol=1e-8, atol=1e-11)
+        # without knowing of others, the batch is taken for all there is; the share of a token is in fp32
+        torch.testing.assert_close(objective(model, batch)[0] / len(documents), expected, rtol=1e-6, atol=0)
+    assert len(Trees(documents).batch(48).tokens) < len(documents)  # several a row
+
+
+def test_metrics_are_means_over_pairs_of_what_answers_give_one_by_one():
+    model, reference, documents = model_of(0), model_of(1), documents_for("dpo")
+    _, metrics = Preference("dpo", Frozen(reference), beta=0.2, sft_weight=1.0)(model, Trees(documents).batch(48))
+    found = {name: float(total) / float(count) for name, (total, count) in metrics.items()}
+    with torch.no_grad():
+        ours, theirs = answer_logprobs(model, documents), answer_logprobs(reference, documents)
+    mean = {
+        (who, branch): sum(float(one[branch].sum()) for one in each) / len(documents)
+        for who, each in (("ours", ours), ("theirs", theirs))
+        for branch in (1, 2)
+    }
+    margins = [0.2 * float(a[1].sum() - b[1].sum() - a[2].sum() + b[2].sum()) for a, b in zip(ours, theirs)]
+    tokens = torch.cat([a[branch] - b[branch] for a, b in zip(ours, theirs) for branch in (1, 2)])
+    expected = {
+        "loss": sum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins),
+        "sft_loss": -float(torch.cat([one[1] for one in ours]).mean()),
+        "logprobs_chosen": mean["ours", 1],
+        "logprobs_rejected": mean["ours", 2],
+        "reference_logprobs_chosen": mean["theirs", 1],
+        "reference_logprobs_rejected": mean["theirs", 2],
+        "rewards_chosen": 0.2 * (mean["ours", 1] - mean["theirs", 1]),
+        "rewards_rejected": 0.2 * (mean["ours", 2] - mean["theirs", 2]),
+        "margin": sum(margins) / len(margins),
+        "preference_accuracy": sum(margin > 0 for margin in margins) / len(margins),
+        "length_chosen": sum(len(answers[1]) for _, answers in documents) / len(documents),
+        "length_rejected": sum(len(answers[2]) for _, answers in documents) / len(documents),
+        "kl": float((tokens**2 / 2).mean()),
+    }
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert 0 < found["preference_accuracy"] < 1
+
+
+def test_before_the_first_step_the_loss_is_that_of_a_guess():
+    model, batch = model_of(), Trees(documents_for("dpo")).batch(48)
+    loss_sum, metrics = Preference("dpo", Frozen(copy.deepcopy(model)))(model, batch)
+    assert loss_sum.item() / 6 == pytest.approx(math.log(2), abs=1e-12)
+    found = {name: float(total) / float(count) for name, (total, count) in metrics.items()}
+    assert (found["margin"], found["kl"], found["preference_accuracy"]) == (0.0, 0.0, 0.5)
+
+
+def test_answers_of_another_kind_and_padding_count_for_nothing():
+    model, documents = model_of(), documents_for("dpo")
+    objective = Preference("dpo", Frozen(model_of(1)))
+    with_others = Trees([*documents, *some_documents(2, (1,), seed=5)]).batch(48)
+    assert objective.count(with_others) == 6
+    torch.testing.assert_close(objective(model, with_others)[0], objective(model, Trees(documents).batch(48))[0])
+    nothing = with_others._replace(targets=torch.full_like(with_others.targets, -100))
+    loss_sum, metrics = objective(model, nothing)
+    assert objective.count(nothing) == loss_sum.item() == 0
+    assert {float(count) for _, count in metrics.values()} == {0.0}
+    assert all(gradient.isfinite().all() for gradient in gradients(model, loss_sum).values())
+
+
+def test_a_held_out_set_is_evaluated_like_any_other():
+    model, store = model_of(), Trees(documents_for("dpo"))
+    objective = Preference("dpo", Frozen(model_of(1)), sft_weight=0.5)
+    found = evaluate(model, [store.alone()], objective)
+    _, metrics = objective(model, store.batch(48))
+    for name in ("loss", "preference_accuracy", "margin", "logprobs_chosen"):
+        total, count = metrics[name]
+        assert found[f"val_{name}"] == pytest.approx(float(total) / float(count)), name
+    assert found["tokens"] == 6
+
+
+# --- the whole batch --------------------------------------------------------------------------------------------------
+
+CASES = [("dpo", 0.5), ("kto", 0.3), ("orpo", None)]
+
+
+class Dealt:
+    """Twelve documents a step, a row each, dealt to ranks like cards and divided into micro-batches."""
+
+    samples_per_step, samples_per_epoch, tokens_per_step = 12, 1200, 12 * 32
+
+    def __init__(self, name, dist, accumulation):
+        self.name, self.dist, self.accumulation = name, dist, accumulation
+
+    def batches(self, cursor):
+        branches = (1, 2) if LOSSES[self.name].paired else unpaired
+        rows = Trees(some_documents(12, branches, seed=cursor)).alone()
+        n = 12 // self.dist.dp_size // self.accumulation
+        mine = [field if field is None else field[self.dist.dp_rank :: self.dist.dp_size] for field in rows]
+        return [type(rows)(*mine).rows(i * n, i * n + n) for i in range(self.accumulation)]
+
+
+def three_steps(name, sft_weight, layout, dist, accumulations):
+    """Figures and weights after three steps, for each number of micro-batches."""
+    found = []
+    for accumulation in accumulations:
+        with torch.device("meta"):
+            model = Transformer(ModelConfig(**SHAPE))
+        model = parallelize(model, dist=dist, layout=layout, init=init_weights)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)  # so that answers differ
+        reference = Kept(model) if LOSSES[name].reference else None
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)  # as if it had been trained, so that there is a KL
+        trainer = Trainer(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.3),
+            Preference(name, reference, sft_weight=sft_weight),
+            Dealt(name, dist, accumulation),
+            TrainConfig(precision="fp32"),
+            steps=3,
+            lr_at=lambda step: 0.3,
+            dist=dist,
+            grad_clip=None,
+        )
+        figures = [trainer.step() for _ in range(3)]
+        weights = {name: whole(parameter) for name, parameter in trainer.parameters.items()}
+        if reference:
+            reference.check()
+        found.append((figures, weights))
+    return found
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def all_cases(layout, accumulations):
+    with connect("cpu", timeout=60) as dist:
+        dist = with_mesh(dist, layout.dp_replicate, layout.dp_shard, layout.tp)
+        return [three_steps(*case, layout, dist, accumulations) for case in CASES]
+
+
+@pytest.mark.parametrize("layout", [Layout("ddp", 2, 1, 1), Layout("fsdp", 1, 2, 1)], ids=lambda one: one.strategy)
+def test_neither_micro_batches_nor_ranks_change_a_step(layout):
+    """Nor what is known of the global batch alone: KTO's KL, and the tokens that the SFT term is divided by."""
+    expected = [case[0] for case in all_cases(Layout("ddp", 1, 1, 1), [1])]
+    divided = [all_cases(Layout("ddp", 1, 1, 1), [4])] * (layout.strategy == "ddp")
+    for cases in (*divided, *run_ranks(2, all_cases, layout, [3])):
+        for (figures, weights), found in zip(expected, cases):
+            for its_figures, its_weights in found:
+                for step, its_step in zip(figures, its_figures):
+                    assert its_step == pytest.approx(step, rel=1e-4, abs=1e-6)
+                for name, weight in weights.items():
+                    assert (its_weights[name] - weight).norm() / weight.norm() < 1e-5, name
+    assert expected[1][0][0]["kl"] > 0.01
+
+
+# --- references -------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """The same rows in each step."""
+
+    samples_per_step, samples_per_epoch, tokens_per_step = 6, 6, 96
+
+    def __init__(self, *batches):
+        self.given = batches
+
+    def batches(self, cursor):
+        return list(self.given)
+
+
+def trainer_of(model, objective, *batches, **fields):
+    return Trainer(
+        model,
+        torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.5),
+        objective,
+        Rows(*batches),
+        TrainConfig(precision="fp32", **fields),
+        steps=3,
+        lr_at=lambda step: 0.5,
+        dist=ALONE,
+        grad_clip=None,
+    )
+
+
+def with_adapters(model, trained=False, **config):
+    apply_lora(model, LoRAConfig(r=4, **config))
+    if trained:
+        with torch.no_grad():
+            for layer in adapted(model).values():
+                layer.lora_b.normal_(std=0.3, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+def parameters_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+STARTS = {
+    "frozen": lambda: model_of(dtype=torch.float32),
+    "without adapters": lambda: with_adapters(model_of(dtype=torch.float32)),
+    "adapters that go on": lambda: with_adapters(model_of(dtype=torch.float32), trained=True),
+    "modules in full": lambda: with_adapters(model_of(dtype=torch.float32), modules_to_save=["norm"]),
+    "kept": lambda: model_of(dtype=torch.float32),
+}
+
+
+def reference_of(kind, model):
+    if kind == "frozen":
+        return Frozen(copy.deepcopy(model))
+    return WithoutAdapters(model) if kind == "without adapters" else Kept(model)
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_a_reference_is_the_model_as_it_was_before_training_and_never_changes(kind):
+    model, batch = STARTS[kind](), Trees(documents_for("dpo")).batch(48)
+    start = copy.deepcopy(model)
+    reference = reference_of(kind, model)
+    trainer = trainer_of(model, Preference("dpo", reference), batch)
+    first = trainer.step()
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["margin"] == 0.0
+    assert trainer.step()["margin"] > 0  # the policy moves
+    with torch.no_grad():
+        assert not torch.equal(Frozen(copy.deepcopy(model))(model, batch), reference(model, batch))
+    before, modes = parameters_of(model), [module.training for module in model.modules()]
+    found = reference(model, batch)
+    assert torch.equal(found, Frozen(start)(model, batch))
+    assert not found.requires_grad
+    after = parameters_of(model)
+    assert all(torch.equal(after[name], parameter) for name, parameter in before.items())
+    assert modes == [module.training for module in model.modules()]
+    reference.check()
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_a_reference_that_was_changed_is_noticed(kind):
+    model = STARTS[kind]()
+    reference = reference_of(kind, model)
+    reference.check()
+    held = {"frozen": lambda: reference.model.norm.weight, "without adapters": lambda: model.norm.weight}
+    tensor = held.get(kind, lambda: next(iter(reference.copies.values())))()
+    with torch.no_grad():
+        tensor.flatten()[0] += 1e-3
+    with pytest.raises(RuntimeError, match="the reference has changed"):
+        reference.check()
+
+
+def test_nothing_is_dropped_out_of_a_reference_and_it_takes_no_random_numbers():
+    model, batch = model_of(dropout=0.5), Trees(documents_for("dpo")).batch(48)
+    for reference in (Frozen(copy.deepcopy(model).train()), Kept(model.train())):
+        torch.manual_seed(7)
+        expected = reference(model, batch)
+        assert torch.equal(reference(model, batch), expected)
+        drawn = torch.rand(3)
+        torch.manual_seed(7)
+        assert torch.equal(torch.rand(3), drawn)
+
+
+def test_a_policy_is_whole_again_after_a_forward_that_fails():
+    model = model_of()
+    before, reference = parameters_of(model), Kept(model)
+    with torch.no_grad():
+        model.norm.weight.add_(1)
+    changed = parameters_of(model)
+    with contextlib.suppress(KeyError), reference.in_place(model):
+        assert torch.equal(model.norm.weight, before["norm.weight"])
+        raise KeyError
+    assert all(torch.equal(parameter, changed[name]) for name, parameter in model.named_parameters())
+
+
+def test_adapters_without_a_base_that_stays_are_refused_as_one():
+    with pytest.raises(ValueError, match="no adapters"):
+        WithoutAdapters(model_of())
+    with pytest.raises(ValueError, match="trained in full"):
+        WithoutAdapters(with_adapters(model_of(), modules_to_save=["norm"]))
+
+
+# --- a reference that is kept on disk ---------------------------------------------------------------------------------
+
+
+def prepared_in(directory, data="data"):
+    """Stores of random pairs, as they are prepared in a directory."""
+    stores = {split: Trees(some_documents(9, seed=seed), split) for split, seed in (("train", 1), ("val", 2))}
+    return SimpleNamespace(**stores, directory=Path(directory), info={"hash": data})
+
+
+def cache(model, prepared, dist=ALONE, **changes):
+    made_from = {"weights": "w", "precision": "fp32"} | changes
+    return cache_reference(model, prepared, **made_from, seq_len=32, rows=2, dist=dist)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo"])
+def test_a_cached_reference_is_the_live_one(tmp_path, name):
+    model, reference, prepared = model_of(0, torch.float32), model_of(1, torch.float32), prepared_in(tmp_path)
+    live = Preference(name, Frozen(copy.deepcopy(reference)), sft_weight=0.1)
+    kept = Preference(name, cached, sft_weight=0.1)
+    with pytest.raises(ValueError, match="no cached log-probabilities"):
+        kept(model, prepared.train.batch(32))
+    cache(reference, prepared)
+    for batch in (prepared.train.batch(32), prepared.val.batch(32), prepared.train.alone()):
+        expected, found = (gradients(model, objective(model, batch)[0]) for objective in (live, kept))
+        for parameter, gradient in expected.items():
+            assert (found[parameter] - gradient).norm() / gradient.norm() < 1e-5
+        torch.testing.assert_close(kept(model, batch), live(model, batch), rtol=1e-5, atol=1e-5)
+
+
+def files_in(path):
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+
+
+def cache_on_a_rank(directory):
+    with connect("cpu", timeout=60) as dist:
+        return str(cache(model_of(1, torch.float32), prepared_in(directory), dist))
+
+
+def test_ranks_that_share_the_work_write_what_one_alone_does(tmp_path):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    alone.mkdir(), shared.mkdir()
+    expected = cache(model_of(1, torch.float32), prepared_in(alone))
+    assert run_ranks(2, cache_on_a_rank, shared) == [str(shared / expected.name)] * 2
+    assert [path.name for path in shared.iterdir()] == [expected.name, *(p.name for p in shared.glob("packing*"))]
+    prepared = prepared_in(shared)
+    cache(None, prepared)  # which nobody computes again
+    assert torch.allclose(prepared.train.batch(32).reference, reread(alone), atol=1e-6)
+
+
+def reread(directory):
+    prepared = prepared_in(directory)
+    cache(None, prepared)
+    return prepared.train.batch(32).reference
+
+
+@pytest.mark.parametrize(
+    ("changes", "data", "said"),
+    [
+        ({"weights": "others"}, "data", "is of other weights"),
+        ({"precision": "bf16"}, "data", "is of another precision"),
+        ({}, "other", "is of other data or another template"),
+    ],
+)
+def test_what_was_computed_of_something_else_is_not_used_and_that_is_said(tmp_path, caplog, changes, data, said):
+    first = cache(model_of(1, torch.float32), prepared_in(tmp_path))
+    before = files_in(first)
+    caplog.set_level("INFO")
+    second = cache(model_of(2, torch.float32), prepared_in(tmp_path, data), **changes)
+    assert second != first
+    assert f"{first.name} {said}" in caplog.text
+    assert files_in(first) == before
+    assert files_in(second) != before
+
+
+def damage(path):
+    file = path / "train.npy"
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
+
+
+def cut(path):
+    (path / "val.npy").write_bytes(b"")
+
+
+def lose_the_index(path):
+    (path / "index.json").unlink()
+
+
+def swap_for_another(path):
+    index = json.loads((path / "index.json").read_text())
+    index["made_from"]["weights"] = "others"
+    (path / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("harm", [damage, cut, lose_the_index, swap_for_another])
+def test_what_is_damaged_or_not_what_its_name_says_is_computed_again(tmp_path, caplog, harm):
+    model = model_of(1, torch.float32)
+    path = cache(model, prepared_in(tmp_path))
+    before = files_in(path)
+    harm(path)
+    caplog.set_level("INFO")
+    assert cache(model, prepared_in(tmp_path)) == path
+    assert files_in(path) == before
+    assert ("is of other weights" if harm is swap_for_another else "is damaged") in caplog.text
+    caplog.clear()
+    cache(None, prepared_in(tmp_path))
+    assert not caplog.text
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def row(step, chosen, margin, **more):
+    figures = {"logprobs_chosen": chosen, "length_chosen": 10.0, "reference_logprobs_chosen": -20.0}
+    return {"step": step, **figures, "rewards_chosen": margin, "rewards_rejected": 0.0, **more}
+
+
+def watched(rows):
+    watch = FallingChosen("advice")
+    watch.begin(0)
+    for one in rows:
+        watch.write(one)
+
+
+def test_chosen_answers_that_become_less_likely_while_the_margin_grows_are_reported_once(caplog):
+    watched(row(step, -20 - step / 10, step / 100) for step in range(100))
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.startswith("step 15: the margin grows (0.105), and yet the chosen answers become less likely")
+    assert "0.90 of the probability" in said
+    assert said.endswith("advice")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [row(step, -20 + step / 10, step / 100) for step in range(100)],
+        [row(step, -20 - step / 10, -step / 100) for step in range(100)],
+        [row(step, -20 + (-1) ** step * 3, 0.1) for step in range(100)],
+        [row(step, -40, 0.1) for step in range(3)],
+        [{"step": step, "loss": 1.0} for step in range(100)],
+        [row(step, -20 - step / 10, step / 100) | {"logprobs_chosen": None} for step in range(100)],
+    ],
+    ids=["more likely", "no margin", "up and down", "too few rows", "another objective", "no chosen answers"],
+)
+def test_nothing_is_reported_without_reason(caplog, rows):
+    watched(rows)
+    assert not caplog.records
+
+
+def test_without_a_reference_chosen_answers_are_compared_with_the_first_rows(caplog):
+    rows = [row(step, -30 - step / 10, 1 + step / 100) for step in range(100)]
+    for one in rows:
+        one.pop("reference_logprobs_chosen")
+    watched(rows[:10])
+    assert not caplog.records
+    watched(rows)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "arguments", "said"),
+    [
+        ("dbo", {}, "'dbo' is not known"),
+        (
+            "dpo",
+            {"gamma": 1.0, "reference": cached},
+            "gamma: has no effect on the loss dpo, which takes beta, label_sm",
+        ),
+        ("dpo", {}, "compares with a reference; give one"),
+        ("simpo", {"reference": cached}, "has no reference; leave it out"),
+    ],
+)
+def test_what_does_not_fit_a_loss_is_refused(loss, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        Preference(loss, **arguments)
+
+
+def test_rows_that_are_no_preferences_are_refused():
+    batch = Trees(documents_for("dpo")).batch(48)._replace(branches=None)
+    with pytest.raises(ValueError, match="learns from preferences alone"):
+        Preference("simpo").count(batch)
+
+
+def test_training_prefers_the_chosen_answers():
+    model, batch = model_of(dtype=torch.float32), Trees(documents_for("dpo")).batch(48)
+    objective = Preference("dpo", Frozen(copy.deepcopy(model)), sft_weight=0.2)
+    trainer = trainer_of(model, objective, batch.rows(0, 1), batch.rows(1, len(batch.tokens)))
+    figures = [trainer.step() for _ in range(15)]
+    assert figures[-1]["preference_accuracy"] == 1.0
+    assert figures[-1]["logprobs_chosen"] > figures[0]["logprobs_chosen"]
+    assert figures[-1]["loss"] < 0.5 < figures[0]["loss"]
