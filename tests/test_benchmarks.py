@@ -9,15 +9,10 @@ import pytest
 import torch
 from ranks import run_ranks
 
-import minillm
 from minillm.data.config import DataConfig
-from minillm.data.stories import questions
 from minillm.data.text import documents, find_files
 from minillm.distributed.context import connect
-from minillm.losses import IGNORE_INDEX
-from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
-from minillm.tokenizer import ByteTokenizer
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 CPU = torch.device("cpu")
@@ -94,33 +89,6 @@ def test_a_loss_that_is_not_that_of_random_tokens_is_noticed(train_step):
     contender = train_step.Contender("broken", 0, lambda batch: 0.0)
     with pytest.raises(AssertionError, match="broken: the loss is 0"):
         train_step.check_loss(contender, 0.0, shape)
-
-
-@pytest.fixture
-def asking():
-    spec = importlib.util.spec_from_file_location("asking", BENCHMARKS / "questions.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_tuning_on_questions_learns_the_answers_and_nothing_else(asking):
-    asked, tokenizer = list(questions(0, 30)), ByteTokenizer()
-    (batch,) = asking.Answers(tokenizer, asked, 1000, row=512).batches(0)
-    learned = [batch.targets[row][batch.targets[row] != IGNORE_INDEX].tolist() for row in range(len(batch.targets))]
-    text = tokenizer.decode([token for row in learned for token in row if token != tokenizer.eos_id])
-    assert text == "".join(f" {question.answer}" for question in asked)
-    assert sum(row.count(tokenizer.eos_id) for row in learned) == 30
-
-
-def test_tuning_on_questions_reports_each_family(asking, tmp_path, capsys):
-    torch.manual_seed(0)
-    tokenizer = ByteTokenizer()
-    config = ModelConfig(vocab_size=tokenizer.vocab_size, dim=16, n_layers=1, n_heads=2, max_seq_len=512)
-    minillm.save(Transformer(config), tokenizer, tmp_path / "model")
-    asking.main([str(tmp_path / "model"), "--steps", "2", "--rows", "1", "--asked", "6", "--row", "512"])
-    table = rows(capsys.readouterr().out.partition("\n\n")[2])
-    assert [row[0] for row in table] == ["recall", "reading", "counting"]
 
 
 # --- ablations --------------------------------------------------------------------------------------------------------
