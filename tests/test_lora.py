@@ -265,6 +265,17 @@ def test_rank_0_trains_the_weights_and_other_settings_then_mean_nothing():
         LoRAConfig(dora=True)
 
 
+def test_adapters_stay_with_adamw_under_muon():
+    model = with_adapters(dora=True, modules_to_save=["embed"], targets=["mlp"])
+    model.blocks[0].attn.q_proj.weight.requires_grad_(True)
+    names = {id(parameter): name for name, parameter in parameter_names(model).items()}
+    optimizer = build_optimizer(model, OptimConfig(name="muon"))
+    groups = {group["name"]: [names[id(p)] for p in group["params"]] for group in optimizer.param_groups}
+    assert groups["muon"] == ["blocks.0.attn.q_proj.weight"]
+    assert all(name.endswith(("lora_a", "lora_b")) for name in groups["decay"])
+    assert len(groups["decay"]) == 2 * len(adapted(model))
+
+
 def test_adapters_begin_by_seed_and_name_alone():
     everything, attention = (apply_lora(make_model(), LoRAConfig(r=4, targets=[t]), seed=3) for t in ("all", "attn"))
     for name, layer in adapted(attention).items():

@@ -5,7 +5,8 @@
   occurs but would shrink in all, and small embeddings mean large gradients behind the first norm (Takase et al. 2023,
   arXiv:2312.16903; OLMo 2, arXiv:2501.00656).
 - Muon takes the matrices inside the model. Embeddings, the head, norms and biases stay with AdamW: a row of an
-  embedding or of the head belongs to one token, and only occurs with it (Jordan 2024).
+  embedding or of the head belongs to one token, and only occurs with it (Jordan 2024). So do the two matrices of an
+  adapter, which are a step only together: what they add to a weight is their product.
 """
 
 from fnmatch import fnmatchcase
@@ -17,6 +18,7 @@ from minillm.optim.config import OptimConfig, chosen
 from minillm.tensors import parameter_names
 
 KINDS = ("muon", "decay", "no_decay")
+NOT_FOR_MUON = {"lm_head", "lora_a", "lora_b"}  # parts of the names of matrices that stay with AdamW
 
 
 def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
@@ -34,7 +36,7 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
             continue
         if parameter.ndim < 2 or id(parameter) in embeddings:
             kind = "no_decay"
-        elif config.name == "muon" and parameter.ndim == 2 and "lm_head" not in name.split("."):
+        elif config.name == "muon" and parameter.ndim == 2 and NOT_FOR_MUON.isdisjoint(name.split(".")):
             kind = "muon"
         else:
             kind = "decay"
