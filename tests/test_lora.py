@@ -269,7 +269,7 @@ def test_adapters_stay_with_adamw_under_muon():
     model = with_adapters(dora=True, modules_to_save=["embed"], targets=["mlp"])
     model.blocks[0].attn.q_proj.weight.requires_grad_(True)
     names = {id(parameter): name for name, parameter in parameter_names(model).items()}
-    optimizer = build_optimizer(model, OptimConfig(name="muon"))
+    optimizer = build_optimizer(model, OptimConfig(name="muon", lr=1e-3))
     groups = {group["name"]: [names[id(p)] for p in group["params"]] for group in optimizer.param_groups}
     assert groups["muon"] == ["blocks.0.attn.q_proj.weight"]
     assert all(name.endswith(("lora_a", "lora_b")) for name in groups["decay"])
