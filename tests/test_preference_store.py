@@ -1,16 +1,19 @@
 """Preferences are stored once as trees: a prompt and its answers, each of which goes on from the end of the prompt."""
 
 import json
+import re
 from itertools import pairwise, product
 
 import numpy as np
 import pytest
 import torch
 
+from minillm import cli
 from minillm.data.chat import prompt, render_all
 from minillm.data.chat_templates import TEMPLATES, Message
 from minillm.data.config import ConversationsConfig, PreferencesConfig
 from minillm.data.conversation_store import open_conversations
+from minillm.data.inspect import document_lines
 from minillm.data.loader import Loader, eval_batches
 from minillm.data.masked import TurnsConfig
 from minillm.data.preference_store import open_preferences
@@ -18,6 +21,7 @@ from minillm.data.rows import gather, plan_of
 from minillm.data.shards import describe
 from minillm.data.store import verify
 from minillm.data.trees import PairsConfig
+from minillm.log import run_command
 from minillm.losses import IGNORE_INDEX
 from minillm.model.masks import restart_positions
 from minillm.tokenizer import ByteTokenizer, load_tokenizer
@@ -238,7 +242,7 @@ def test_for_pairs_an_answer_with_a_label_is_refused(tmp_path):
     rows = [row(0), {"prompt": "a", "completion": "b", "label": True}]
     with pytest.raises(ValueError, match=r"rows.jsonl:2: one answer with a label; .*on_bad skip"):
         prepared(tmp_path, rows)
-    assert [set(each) for each in unshared(prepared(tmp_path, rows, None).train)] == [{1, 2}, {1, 3}]
+    assert [set(each) for each in unshared(prepared(tmp_path, rows, "labels").train)] == [{1, 3}, {2, 3}, {1, 3}]
 
 
 # --- long ones, bad ones ----------------------------------------------------------------------------------------------
@@ -393,3 +397,57 @@ def test_rows_of_real_preferences_are_more_than_93_percent_full(real_data, tmp_p
     assert plan_of(ready.train, 1024).fill(1024) > 0.93
     assert ready.train.n_documents == 150
     assert (np.diff(ready.train.document_offsets) <= 1025).all()
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_each_answer_beside_its_prompt_and_counts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "rows.jsonl", [row(number) for number in range(8)])
+    command = ["data", "inspect", path, "--tokenizer.kind", "byte", "--rows", "2", "--data.val", "0"]
+    assert run_command(cli.dispatch, command) == 0
+    said = capsys.readouterr().out
+    shown = (
+        f"{path}:2  40 tokens\n"
+        "         prompt  <|im_start|>user\\n1 qqqq<|im_end|>\\n<|im_start|>assistant\\n\n"
+        "         chosen  ⟦xxxxxx<|im_end|>⟧\n"
+        "       rejected  ⟦yyyyyy<|im_end|>⟧\n"
+    )
+    assert shown in said
+    assert f"{path}:3" not in said
+    assert "8 preferences: 130 tokens trained" in said
+    assert "16 of 16 answers learned with their end" in said
+    assert "of 8 pairs the chosen one is longer in 25.0%, shorter in 12.5%" in said
+    assert run_command(cli.dispatch, [*command, "--kind", "labels"]) == 0
+    assert "      another's  ⟦xxxxxx<|im_end|>⟧\n" in capsys.readouterr().out
+    renamed = write(tmp_path / "renamed.jsonl", [{"a": "hi", "b": "ho", "c": "no"}] * 3)
+    assert (
+        run_command(
+            cli.dispatch, [*command[:2], renamed, *command[3:], "--data.columns", "prompt=a,chosen=b,rejected=c"]
+        )
+        == 0
+    )
+    assert "⟦no<|im_end|>⟧" in capsys.readouterr().out
+
+
+def test_inspect_shows_the_pairs_that_a_step_of_a_run_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "rows.jsonl", [row(number) for number in range(8)])
+    (tmp_path / "run").mkdir()
+    TOKENIZER.save(tmp_path / "run")
+    data = {"path": path, "seq_len": 64, "val": "0", "packing": True}
+    config = {"run": {"seed": 3}, "data": data, "dpo": {"template": "chatml", "loss": "ipo", "beta": 0.1}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens": 512}) + "\n")
+    assert run_command(cli.dispatch, ["data", "inspect", "run", "--step", "1", "--rows", "8"]) == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^sample \d: epoch 0, row \d, \d+ tokens", said, re.M)) == 8
+    assert sorted(re.findall(r"rows.jsonl:(\d)  tokens 0-", said)) == list("12345678")
+    assert len(re.findall(r"^       rejected  ⟦y+(<\|im_end\|>)?⟧$", said, re.M)) == 8
+
+
+def test_in_a_terminal_each_answer_has_its_colour(tmp_path):
+    lines = list(document_lines(prepared(tmp_path, [row(0)]).train, 1, TOKENIZER, colour=True))
+    assert lines[2].endswith("chosen  \x1b[32mxxxxx<|im_end|>\x1b[0m")
+    assert lines[3].endswith("rejected  \x1b[31myyyyy<|im_end|>\x1b[0m")

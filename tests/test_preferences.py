@@ -2,15 +2,17 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from minillm.data.chat_templates import Message
 from minillm.data.conversations import layout_of, read_columns
-from minillm.data.preference_store import are_preferences
+from minillm.data.preference_store import answers_in
 from minillm.data.preferences import PREFERENCES, PreferencePair, preference_of
 from minillm.data.records import records
 
+DATA = Path(__file__).parent.parent / "data"
 USER = Message("user", "hi")
 GOOD, BAD = [Message("assistant", "ho")], [Message("assistant", "no")]
 SYSTEM = Message("system", "be brief")
@@ -152,7 +154,7 @@ def test_a_dataset_info_beside_a_file_says_how_it_is_read(tmp_path):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_row_says_whether_a_file_holds_preferences(tmp_path):
+def test_the_first_row_says_what_a_file_holds(tmp_path):
     rows = {
         "pairs": {"prompt": "hi", "chosen": 5, "rejected": "no"},
         "half": {"prompt": "hi", "chosen": "ho"},
@@ -162,15 +164,29 @@ def test_the_first_row_says_whether_a_file_holds_preferences(tmp_path):
     }
     for name, row in rows.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-    found = [name for name in rows if are_preferences(tmp_path / f"{name}.jsonl", {})]
-    assert found == ["pairs", "half", "labels"]
-    assert are_preferences(tmp_path / "answers.jsonl", {"messages": "talk", "label": "fine"})
+    found = {name: answers_in(tmp_path / f"{name}.jsonl", {}) for name in rows}
+    assert found == {"pairs": "pairs", "half": "pairs", "labels": "labels", "answers": None, "numbers": None}
+    assert answers_in(tmp_path / "answers.jsonl", {"messages": "talk", "label": "fine"}) == "labels"
+
+
+def test_the_example_files_are_preferences():
+    names = {
+        "pairs": ["pairs.jsonl", "pairs_sharegpt.json", "pairs_messages.jsonl", "critic.jsonl"],
+        "labels": ["labels.jsonl", "labels_messages.jsonl"],
+    }
+    for name, answers in ((name, answers) for answers, each in names.items() for name in each):
+        assert answers_in(DATA / name, {}) == answers
+        layout = layout_of(DATA / name, {}, PREFERENCES)
+        found = [preference_of(row, layout) for _, row in records(DATA / name)]
+        assert len(found) >= 2
+        assert {one.paired for one in found} == {answers == "pairs"}
+    assert not any(answers_in(DATA / name, {}) for name in ("alpaca.json", "messages.jsonl", "tutor.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["dpo_en", "dpo_zh", "kto_en"])
 def test_real_preferences_are_read(real_data, name):
     path = real_data / f"{name}.json"
-    assert are_preferences(path, {})
+    assert answers_in(path, {}) == ("pairs" if name.startswith("dpo") else "labels")
     found = [preference_of(row) for _, row in records(path)]
     assert len(found) >= 299
     assert {one.paired for one in found} == {name.startswith("dpo")}

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 from minillm import checkpoint
 from minillm.cli.verb import Verb
@@ -13,20 +13,26 @@ from minillm.data.chat import find_template
 from minillm.data.clean.config import CleanConfig
 from minillm.data.clean.pipeline import clean, clean_shard, merge
 from minillm.data.clean.report import table
-from minillm.data.config import ConversationsConfig, DataConfig, SharedTextConfig
+from minillm.data.config import ConversationsConfig, DataConfig, PreferencesConfig, SharedTextConfig
 from minillm.data.conversation_store import open_conversations
-from minillm.data.corpus import identity, open_corpus, open_sources, with_path, with_questions
+from minillm.data.conversations import CONVERSATIONS, Formats, read_columns
+from minillm.data.corpus import identity, open_corpus, open_sources, with_pairs, with_path, with_questions
 from minillm.data.inspect import document_lines, inspect_lines
 from minillm.data.jinja import choose_template
 from minillm.data.loader import Loader
 from minillm.data.masked import TurnsConfig
 from minillm.data.mixture import Source
+from minillm.data.preference_store import answers_in, open_preferences
+from minillm.data.preferences import PREFERENCES
 from minillm.data.shards import describe
 from minillm.data.store import is_prepared, open_prepared
+from minillm.data.text import named_files
+from minillm.data.trees import PairsConfig
 from minillm.log import read_metrics
+from minillm.losses.preference import LOSSES
 from minillm.recipe.tuning import SFTConfig
 from minillm.run import RunConfig, RunDirectory
-from minillm.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from minillm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -59,16 +65,34 @@ class DataInfo:
 
 
 @dataclass(frozen=True)
+class InspectedConfig(ConversationsConfig):
+    """Conversations or preferences to look at."""
+
+    formats: ClassVar[Formats] = Formats(
+        "a conversation or a preference",
+        {**CONVERSATIONS.usual, **PREFERENCES.usual},
+        (*PREFERENCES.sufficient, *CONVERSATIONS.sufficient),
+        f"{CONVERSATIONS.needed}; or {PREFERENCES.needed}",
+    )
+
+
+@dataclass(frozen=True)
 class DataInspect:
     """Options of `data inspect`."""
 
-    path: Annotated[str, "run directory; or conversations: a file, folder or glob, or a folder that is prepared"]
+    path: Annotated[
+        str, "run directory; or conversations or preferences: a file, folder or glob, or a folder that is prepared"
+    ]
     step: Annotated[int, "step whose batch is shown, from 1", ">= 1"] = 1
+    kind: Annotated[
+        Literal["auto", "conversations", "pairs", "labels"], "what the rows of files hold; auto: as the first one says"
+    ] = "auto"
     rows: Annotated[int, "samples or conversations shown", ">= 1"] = 4
     width: Annotated[int | None, "characters of each; none: 100 of a document, 1,000 of a conversation", ">= 10"] = None
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    data: ConversationsConfig = field(default_factory=ConversationsConfig)
+    data: InspectedConfig = field(default_factory=InspectedConfig)
     sft: TurnsConfig = field(default_factory=TurnsConfig)
+    dpo: PairsConfig = field(default_factory=PairsConfig)
 
 
 def data_prepare(options: DataPrepare) -> None:
@@ -101,10 +125,10 @@ def data_info(options: DataInfo) -> None:
 
 
 def data_inspect(options: DataInspect) -> None:
-    """Print the documents and tokens of a step of a run; or conversations, and what is learned of them."""
+    """Print the documents and tokens of a step of a run; or conversations or preferences, and what is learned."""
     run, colour = RunDirectory(options.path), sys.stdout.isatty()
     if not run.config.exists():
-        inspect_conversations(options, colour)
+        inspect_files(options, colour)
         return
     saved = file_layer(run.config).values
 
@@ -113,14 +137,19 @@ def data_inspect(options: DataInspect) -> None:
         values = {known_name: saved[key] for known_name in known if (key := f"{name}.{known_name}") in saved}
         return build(section_class, [Layer(str(run.config), values)])
 
-    conversations = any(name.startswith("sft.") for name in saved)
-    data = section(ConversationsConfig if conversations else DataConfig, "data")
+    holds = {"sft": ConversationsConfig, "dpo": PreferencesConfig}
+    kind = next((kind for kind in holds if any(name.startswith(f"{kind}.") for name in saved)), None)
+    data = section(holds.get(kind, DataConfig), "data")
     if not data.seq_len:
         raise ValueError(f"{run.config}: data.seq_len is needed to know what a step read")
     tokenizer = load_tokenizer(run.path)
-    if conversations:
+    if kind == "sft":
         turns, data = section(SFTConfig, "sft"), with_questions(data)
         sources = open_conversations(data, turns, find_template(turns.template, tokenizer), tokenizer)
+    elif kind == "dpo":
+        pairs, data = section(PairsConfig, "dpo"), with_pairs(data)
+        answers = "pairs" if LOSSES[saved.get("dpo.loss", "dpo")].paired else "labels"
+        sources = open_preferences(data, pairs, find_template(pairs.template, tokenizer), tokenizer, answers)
     else:
         sources = open_sources(with_path(data), tokenizer)
     newest = checkpoint.latest(run.checkpoints)
@@ -137,7 +166,7 @@ def data_inspect(options: DataInspect) -> None:
         seed=section(RunConfig, "run").seed,
         prefetch=False,
     )
-    width = options.width or (1000 if conversations else 100)
+    width = options.width or (1000 if kind else 100)
     lines = inspect_lines(loader, first, tokenizer, width, colour)
     samples = 0
     for line in lines:
@@ -147,8 +176,8 @@ def data_inspect(options: DataInspect) -> None:
         print(line)
 
 
-def inspect_conversations(options: DataInspect, colour: bool) -> None:
-    """Print conversations with marks around what is learned of them, and the totals."""
+def inspect_files(options: DataInspect, colour: bool) -> None:
+    """Print conversations or preferences with marks around what is learned of them, and the totals."""
     if is_prepared(options.path):
         tokenizer = load_tokenizer(options.path)
         sources = [Source("", 1, open_prepared(options.path))]
@@ -156,13 +185,27 @@ def inspect_conversations(options: DataInspect, colour: bool) -> None:
         if options.tokenizer.path is None and options.tokenizer.kind == "bpe":
             what = "not a run directory (there is no config.json), and no prepared tokens"
             raise ValueError(f"{options.path}: {what}; to see it as conversations, give --tokenizer.path RUN")
-        data = dataclasses.replace(options.data, path=options.path, seq_len=options.data.seq_len or 1024)
         tokenizer = train_tokenizer((), options.tokenizer)
-        sources = open_conversations(data, options.sft, choose_template(options.sft.template, tokenizer), tokenizer)
+        sources = open_rows(options, tokenizer)
     for source in sources:
         for line in document_lines(source.prepared.train, options.rows, tokenizer, options.width or 1000, colour):
             print(line)
         print(describe(source.prepared))
+
+
+def open_rows(options: DataInspect, tokenizer: Tokenizer) -> list[Source]:
+    """The rows of files, prepared as a run would."""
+    given = {one.name: getattr(options.data, one.name) for one in dataclasses.fields(options.data)}
+    given |= {"path": options.path, "seq_len": options.data.seq_len or 1024}
+    [first, *_] = named_files("path", options.path)
+    answers = options.kind
+    if answers == "auto":
+        answers = answers_in(first, read_columns(options.data.columns, InspectedConfig.formats))
+    if answers in ("pairs", "labels"):
+        template = choose_template(options.dpo.template, tokenizer)
+        return open_preferences(PreferencesConfig(**given), options.dpo, template, tokenizer, answers)
+    template = choose_template(options.sft.template, tokenizer)
+    return open_conversations(ConversationsConfig(**given), options.sft, template, tokenizer)
 
 
 def samples_of(run: RunDirectory, step: int, seq_len: int) -> tuple[int, int]:
@@ -183,6 +226,9 @@ VERBS = {
     "data clean": Verb(data_clean, DataClean, ["out"], "OUT --data.path TEXT: filter, remove duplicates and secrets"),
     "data info": Verb(data_info, DataInfo, ["path"], "PATH: what prepared data holds"),
     "data inspect": Verb(
-        data_inspect, DataInspect, ["path"], "RUN --step N: the documents and tokens of a step; or FILE: conversations"
+        data_inspect,
+        DataInspect,
+        ["path"],
+        "RUN --step N: the documents and tokens of a step; or FILE: what is learned of it",
     ),
 }

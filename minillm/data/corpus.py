@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from minillm.data.config import ConversationsConfig, DataConfig, StoriesOrTextConfig
+from minillm.data.config import ConversationsConfig, DataConfig, PreferencesConfig, StoriesOrTextConfig
 from minillm.data.mixture import PLACES, Source, refuse_too_many, shares, whole_places
 from minillm.data.shards import corpus_files, prepare, size_of_text
 from minillm.data.store import Prepared, is_prepared, marks_of, open_prepared, read_index
-from minillm.data.stories import write_questions, write_stories
+from minillm.data.stories import write_pairs, write_questions, write_stories
 from minillm.data.text import documents, named_files
 from minillm.files import atomic_directory, locked
 from minillm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
@@ -22,7 +22,9 @@ logger = logging.getLogger("minillm")
 
 Section = TypeVar("Section", bound=StoriesOrTextConfig)
 Result = TypeVar("Result")
+Rows = TypeVar("Rows", bound=ConversationsConfig)
 QUESTIONS = "questions-1"
+PAIRS = "pairs-1"
 STORIES = "stories-2.jsonl"  # a new number whenever the stories change, so that a cache never holds older ones
 
 
@@ -43,13 +45,23 @@ def with_questions(config: ConversationsConfig) -> ConversationsConfig:
 
     What is held out of them are questions that no story of the corpus answers.
     """
+    return with_rows(config, QUESTIONS, write_questions)
+
+
+def with_pairs(config: PreferencesConfig) -> PreferencesConfig:
+    """The section with a path: without one, pairs of answers to questions as `with_questions` has them."""
+    return with_rows(config, PAIRS, write_pairs)
+
+
+def with_rows(config: Rows, name: str, write: Callable[[Path], None]) -> Rows:
+    """The section with a path: without one, that of rows about the embedded corpus, with those that are held out."""
     if config.path is not None:
         return config
-    folder = Path(config.cache_dir).expanduser() / QUESTIONS
-    with locked(folder.with_name(f"{QUESTIONS}.lock"), wait=True):
+    folder = Path(config.cache_dir).expanduser() / name
+    with locked(folder.with_name(f"{name}.lock"), wait=True):
         if not folder.exists():
             with atomic_directory(folder) as temporary:
-                write_questions(temporary)
+                write(temporary)
     val = str(folder / "heldout") if config.val_split().kind == "auto" else config.val
     return dataclasses.replace(config, path=str(folder / "train.jsonl"), val=val)
 

@@ -13,7 +13,7 @@ from minillm.data.config import PreferencesConfig
 from minillm.data.conversations import Layout, layout_of
 from minillm.data.corpus import open_sources
 from minillm.data.mixture import Source
-from minillm.data.preferences import PREFERENCES, PreferencePair, preference_of
+from minillm.data.preferences import PAIR, PREFERENCES, PreferencePair, preference_of
 from minillm.data.record_store import Found, Kind, prepare_records
 from minillm.data.records import records
 from minillm.data.store import Prepared
@@ -28,12 +28,11 @@ def open_preferences(
     pairs: PairsConfig,
     template: ChatTemplate,
     tokenizer: Tokenizer,
-    answers: Answers | None = "pairs",
+    answers: Answers = "pairs",
 ) -> list[Source]:
     """The sources of preferences, prepared, with their places in the mixture: what the Loader takes.
 
-    A loss compares `pairs`, or takes answers one by one by their `labels`; a pair is then two of these. With None rows
-    stay as they are.
+    A loss compares `pairs`, or takes answers one by one by their `labels`; a pair is then two of these.
     Raises ValueError naming file and row for what cannot be learned from.
     """
     return open_sources(
@@ -41,23 +40,21 @@ def open_preferences(
     )
 
 
-def are_preferences(file: str | Path, columns: Mapping[str, str]) -> bool:
-    """Whether the rows of a file are preferences, as its first one says."""
-    parts = set(columns)
+def answers_in(file: str | Path, columns: Mapping[str, str]) -> Answers | None:
+    """Whether the rows of a file are pairs or have labels, as its first one says; None where they hold neither."""
     if not columns:
-        _, row = next(iter(records(file)), (0, {}))
-        parts = set(row) if isinstance(row, Mapping) else set()
         try:
             layout = layout_of(file, {}, PREFERENCES)
         except ValueError:  # what describes the file describes no preferences
-            return False
-        parts = set(layout.columns) if layout else parts
-    return bool(parts & {"chosen", "rejected", "label"})
+            return None
+        _, row = next(iter(records(file)), (0, {}))
+        columns = layout.columns if layout else row if isinstance(row, Mapping) else {}
+    if PAIR.keys() & columns.keys():
+        return "pairs"
+    return "labels" if "label" in columns else None
 
 
-def prepare_preferences(
-    config: PreferencesConfig, tokenizer: Tokenizer, *, kind: Kind, answers: Answers | None
-) -> Prepared:
+def prepare_preferences(config: PreferencesConfig, tokenizer: Tokenizer, *, kind: Kind, answers: Answers) -> Prepared:
     """The trees of `config.path`; a path that is prepared already has to suit the run."""
     prepared = prepare_records(config, tokenizer, kind=kind)
     settings = prepared.info["settings"]
@@ -68,12 +65,12 @@ def prepare_preferences(
             f"{prepared.directory}: prepared for rows of {settings['seq_len']}, which data.seq_len {config.seq_len} "
             "would cut in the middle of a pair; prepare the files again"
         )
-    if answers not in (None, settings["answers"]):
+    if settings["answers"] != answers:
         raise ValueError(f"{prepared.directory}: prepared as {settings['answers']}, not {answers}; give the files")
     return prepared
 
 
-def preferences(pairs: PairsConfig, template: ChatTemplate, answers: Answers | None) -> Kind:
+def preferences(pairs: PairsConfig, template: ChatTemplate, answers: Answers) -> Kind:
     """Rows that hold a preference each."""
     return Kind(
         name="preferences",
@@ -92,11 +89,11 @@ def preferences(pairs: PairsConfig, template: ChatTemplate, answers: Answers | N
             "emptied": "have no room for an answer in data.seq_len {seq_len}",
             "alike": "have answers that are equal in data.seq_len {seq_len}",
         },
-        arranged=partial(arranged, answers),
+        arranged=apart if answers == "labels" else iter,
     )
 
 
-def read(template: ChatTemplate, answers: Answers | None, row: object, layout: Layout | None) -> PreferencePair:
+def read(template: ChatTemplate, answers: Answers, row: object, layout: Layout | None) -> PreferencePair:
     """The preference of a row. Raises ValueError where there is none, or none that suits template and loss."""
     preference = preference_of(row, layout)
     for part in preference:
@@ -119,24 +116,21 @@ def asked_in(preference: PreferencePair) -> str:
 # --- one by one -------------------------------------------------------------------------------------------------------
 
 
-def arranged(answers: Answers | None, found: Iterator[Found]) -> Iterator[Found]:
-    """Preferences with what a loss that takes answers one by one needs: beside each, what answers the next prompt.
+def apart(found: Iterator[Found]) -> Iterator[Found]:
+    """The answers one by one, and beside each what answers the next prompt; the last of a file takes that of the first.
 
-    The last of a file takes that of the first.
+    The loss that takes them so measures on these how far the model is from its reference.
     """
     for _, of_file in groupby(found, key=lambda one: one.file):
         first = before = next(of_file)
         for one in chain(of_file, [first]):
-            for preference in one_by_one(answers, before.example, one.example):
+            for preference in one_by_one(before.example, one.example):
                 yield before._replace(example=preference)
             before = one
 
 
-def one_by_one(answers: Answers | None, one: PreferencePair, following: PreferencePair) -> Iterator[PreferencePair]:
-    """A pair, as it is or taken apart; or a single answer."""
-    if one.paired and answers != "labels":
-        yield one
-        return
+def one_by_one(one: PreferencePair, following: PreferencePair) -> Iterator[PreferencePair]:
+    """Each answer of a preference by itself."""
     if one.chosen:
         yield one._replace(rejected=[], mismatched=following.chosen or following.rejected)
     if one.rejected:
