@@ -21,12 +21,11 @@ values of every row; the share is how many bytes that is a second, over what the
 
 import argparse
 import gc
-import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from train_step import LLAMA_26M, Seconds, machine, table, timed
+from beside import LLAMA_26M, Seconds, as_transformers, compared, machine, table, timed
 
 from minillm.distributed.device import find_device
 from minillm.doctor.devices import copy_rate
@@ -111,36 +110,6 @@ STATIC: dict[str, Callable[[Sequence[Request]], list[Sequence[Request]]]] = {
 }
 
 
-def make_theirs(config: ModelConfig, own: Transformer):
-    """transformers' model of the shape, with our weights."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.dim,
-            intermediate_size=config.ffn_dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            max_position_embeddings=config.max_seq_len,
-            rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_theta,
-            tie_word_embeddings=config.tie_embeddings,
-        )
-    )
-    names = {"self_attn": "attn", "input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
-    names |= {"model.layers": "blocks", "model.embed_tokens": "embed", "model.norm": "norm"}
-    tensors = dict(own.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            for old, new in names.items():
-                name = name.replace(old, new)
-            parameter.copy_(tensors[name])
-    return model.eval()
-
-
 # --- beside transformers ----------------------------------------------------------------------------------------------
 
 
@@ -149,7 +118,7 @@ def measure_case(case: str, shape: str, rounds: int, warmup: int, scale: int = 1
     config, device = SHAPES[shape], torch.device("cpu")
     torch.manual_seed(0)
     model = Transformer(config).eval()
-    reference = make_theirs(config, model)
+    reference = as_transformers(model).eval()
     requests = make_requests(case, config.vocab_size, scale)
     wanted = sum(request.new for request in requests)
 
@@ -171,12 +140,8 @@ def measure_case(case: str, shape: str, rounds: int, warmup: int, scale: int = 1
             took = timed(run, argument, device)
             if i >= warmup:
                 seconds[name].append(took)
-    for name, took in seconds.items():
-        own = seconds["minillm"]
-        rate = wanted / statistics.median(one.wall for one in took)
-        wall = statistics.median(a.wall / b.wall for a, b in zip(took, own))
-        cpu = statistics.median(a.cpu / b.cpu for a, b in zip(took, own))
-        print(f"| {shape} | {case} | {name} | {rate:,.0f} | {wall:.2f} | {cpu:.2f} |", flush=True)
+    for one in compared(seconds, wanted):
+        print(f"| {shape} | {case} | {one.name} | {one.rate:,.0f} | {one.wall:.2f} | {one.cpu:.2f} |", flush=True)
 
 
 # --- on an accelerator ------------------------------------------------------------------------------------------------
@@ -236,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     device = find_device(options.device)
-    print(machine(device, options.threads))
+    print(machine(device, options.threads, ["transformers"]))
     if options.sizes or device.type != "cpu":
         peak = copy_rate(device, seconds=1.0)
         print(f"memory reads and writes {peak / 1e9:,.0f} GB/s")

@@ -22,7 +22,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from train_step import cpu_name, table
+from beside import cpu_name, table
 
 from minillm.data.batch import Batch
 from minillm.distributed.config import Layout

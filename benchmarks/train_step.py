@@ -17,13 +17,9 @@ less that before the first. Weights are not in it; gradients and AdamW's moments
 """
 
 import argparse
-import importlib.metadata
 import math
 import multiprocessing
 import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -31,11 +27,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from beside import LLAMA_26M, Seconds, as_transformers, compared, importable, machine, table, timed
 from torch import Tensor, nn
 
 from minillm.data.batch import Batch
 from minillm.distributed.context import Context
-from minillm.distributed.device import find_device, peak_memory, synchronize
+from minillm.distributed.device import find_device, peak_memory
 from minillm.distributed.parallelize import parallelize
 from minillm.model.config import ModelConfig
 from minillm.model.presets import gpt2, llama2
@@ -65,7 +62,6 @@ class Contender(NamedTuple):
     step: Step
 
 
-LLAMA_26M = {"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 2, "ffn_dim": 1408, "tie_embeddings": True}
 GPT2_30M = {"dim": 384, "n_layers": 6, "n_heads": 6}
 SHAPES = {
     "llama-26m": Shape(llama2(vocab_size=6400, max_seq_len=512, **LLAMA_26M), B=4, T=512),
@@ -119,40 +115,8 @@ def minillm_step(shape: Shape, device: torch.device, compile: bool) -> Contender
 
 def transformers_step(shape: Shape, device: torch.device, compile: bool) -> Contender:
     """transformers: its model with SDPA, its default, and its own loss; no key/value cache, which is for generation."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    config = shape.model
-    if config.position == "rope":
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.dim,
-                intermediate_size=config.ffn_dim,
-                num_hidden_layers=config.n_layers,
-                num_attention_heads=config.n_heads,
-                num_key_value_heads=config.n_kv_heads,
-                max_position_embeddings=config.max_seq_len,
-                rms_norm_eps=config.norm_eps,
-                tie_word_embeddings=config.tie_embeddings,
-                use_cache=False,
-            )
-        )
-    else:
-        model = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                vocab_size=config.vocab_size,
-                n_embd=config.dim,
-                n_layer=config.n_layers,
-                n_head=config.n_heads,
-                n_positions=config.max_seq_len,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                use_cache=False,
-            )
-        )
-    model = model.to(device).train()
+    model = as_transformers(Transformer(shape.model)).to(device).train()
+    model.config.use_cache = False
     forward = torch.compile(model) if compile else model
 
     def loss(batch: Batch) -> Tensor:
@@ -221,19 +185,6 @@ def plain_step(model: nn.Module, mean_loss: Callable[[Batch], Tensor], device: t
 CONTENDERS = {"minillm": minillm_step, "transformers": transformers_step, "litgpt": litgpt_step}
 
 
-def importable(names: list[str]) -> list[str]:
-    """Those of the contenders that can be imported; the others are named."""
-    found = []
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            print(f"{name} is left out: {error}")
-        else:
-            found.append(name)
-    return found
-
-
 def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -245,19 +196,6 @@ def random_batch(shape: Shape, seed: int, device: torch.device) -> Batch:
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
-
-
-class Seconds(NamedTuple):
-    wall: float
-    cpu: float
-
-
-def timed(step: Step, batch: Batch, device: torch.device) -> Seconds:
-    synchronize(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    step(batch)
-    synchronize(device)
-    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def measure_speed(name: str, names: list[str], device: torch.device, options: argparse.Namespace) -> None:
@@ -272,16 +210,10 @@ def measure_speed(name: str, names: list[str], device: torch.device, options: ar
         batch = random_batch(shape, options.warmup + seed, device)
         for contender in contenders:
             seconds[contender.name].append(timed(contender.step, batch, device))
-    for contender in contenders:
-        theirs, ours = seconds[contender.name], seconds["minillm"]
-        rate = shape.B * shape.T / statistics.median(one.wall for one in theirs)
-        wall = statistics.median(a.wall / b.wall for a, b in zip(theirs, ours))
-        cpu = statistics.median(a.cpu / b.cpu for a, b in zip(theirs, ours))
-        mode = "compiled" if options.compile else "eager"
-        print(
-            f"| {name} | {mode} | {contender.name} | {contender.parameters:,} | {rate:,.0f} | {wall:.2f} | {cpu:.2f} |",
-            flush=True,
-        )
+    mode = "compiled" if options.compile else "eager"
+    for contender, one in zip(contenders, compared(seconds, shape.B * shape.T)):
+        row = f"| {name} | {mode} | {one.name} | {contender.parameters:,} | {one.rate:,.0f} |"
+        print(f"{row} {one.wall:.2f} | {one.cpu:.2f} |", flush=True)
 
 
 def check_loss(contender: Contender, loss: float, shape: Shape) -> None:
@@ -337,37 +269,6 @@ def megabytes(n: int) -> str:
     return f"{n / 1e6:,.0f}"
 
 
-# --- what is printed --------------------------------------------------------------------------------------------------
-
-
-def machine(device: torch.device, threads: int) -> str:
-    """Where and with what this was measured."""
-    versions = [f"torch {torch.__version__}", f"Python {platform.python_version()}"]
-    for peer in ("transformers", "litgpt"):
-        try:
-            versions.append(f"{peer} {importlib.metadata.version(peer)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if device.type != "cpu":
-        where = torch.get_device_module(device).get_device_name(device)
-    else:
-        where = f"{cpu_name()}, {os.cpu_count()} cores, {threads} threads, load {os.getloadavg()[0]:.1f} at the start"
-    return f"{where}; {', '.join(versions)}"
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def table(*columns: str) -> None:
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="llama-26m gpt2-30m; with --memory llama-100m")
@@ -381,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     device = find_device(options.device)
-    print(machine(device, options.threads))
+    print(machine(device, options.threads, ["transformers", "litgpt"]))
     names = importable([name for name in CONTENDERS if name in ("minillm", *options.contenders)])
     if options.memory:
         table("shape", "", "parameters", "weights MB", "gradients, moments", "the rest", "needed MB", "minillm's share")

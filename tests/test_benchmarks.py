@@ -205,7 +205,7 @@ def test_both_are_asked_for_the_same_tokens(decode, way):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    theirs = decode.make_theirs(model.config, model).double()
+    theirs = decode.as_transformers(model).eval().double()
     model = model.double()
     requests = decode.make_requests("mixed", 96, scale=16)[:12]
     assert {len(request.prompt) for request in requests} != {len(requests[0].prompt)}
@@ -225,7 +225,7 @@ def test_lengths_of_requests_differ_ten_to_one(decode, case):
 def test_times_of_generation_are_compared_within_a_round(decode, monkeypatch, capsys):
     seconds = iter([1, 2, 2, 6, 4, 8])  # minillm and transformers, three rounds
     monkeypatch.setattr(decode, "timed", lambda *_: decode.Seconds(s := next(seconds), s / 2))
-    monkeypatch.setattr(decode, "make_theirs", lambda *_: None)
+    monkeypatch.setattr(decode, "as_transformers", lambda model: model)
     decode.main(["--shape", "llama-tiny", "--cases", "8", "--rounds", "3", "--warmup", "0", "--threads", "1"])
     assert [row[2:] for row in rows(capsys.readouterr().out)] == [
         ["minillm", "512", "1.00", "1.00"],
