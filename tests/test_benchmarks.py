@@ -1,6 +1,7 @@
 """The benchmarks compare like with like; shapes and figures here are too small to say anything about speed."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from minillm.data.config import DataConfig
 from minillm.data.text import documents, find_files
 from minillm.distributed.context import connect
 from minillm.model.transformer import Transformer
+from minillm.tokenizer import ByteTokenizer
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 CPU = torch.device("cpu")
@@ -181,6 +183,47 @@ def test_the_best_of_each_group_follows_a_grid(ablate):
     table = ablate.make_table(results, [0])
     best = table.partition("The best of each optim.name:")[2]
     assert [row[:2] for row in rows(best)] == [["adamw", "2"], ["sgd", "1"]]
+
+
+# --- fine-tuning ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sft():
+    pytest.importorskip("trl", reason="trl is not installed")
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield script("sft")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture
+def chats(tmp_path):
+    path = tmp_path / "chats.json"
+    rows = [{"instruction": f"Say {i}.", "output": f"{i} and " * (20 + 9 * (i % 5))} for i in range(12)]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_fine_tuning_is_timed_beside_trl_on_the_same_conversations(sft, chats, capsys):
+    given = ["--shape", "llama-tiny", "--examples", "6", "--rounds", "1", "--threads", "1", "--peers", "TRL"]
+    sft.main([str(chats), *given])
+    table = rows(capsys.readouterr().out)
+    assert [row[1] for row in table] == ["minillm", "TRL"]
+    assert all(float(cell.replace(",", "")) > 0 for row in table for cell in row[2:])
+
+
+def test_a_peer_that_learns_from_other_weights_or_tokens_is_noticed(sft, chats, tmp_path):
+    start = sft.make_start("llama-tiny", ByteTokenizer(), tmp_path)
+    lesson = sft.make_lesson(chats, 0, 6, tmp_path)
+    sft.check_losses(start, lesson, ["TRL, packed"])
+    with torch.no_grad():
+        start.model.norm.weight.mul_(1.01)
+    with pytest.raises(AssertionError, match="TRL: the first loss is"):
+        sft.check_losses(start, lesson, ["TRL"])
+    with pytest.raises(ValueError, match="13 conversations are asked for, it has 12"):
+        sft.make_lesson(chats, 6, 7, tmp_path)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
