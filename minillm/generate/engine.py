@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from minillm.generate.cache import KVCache
 from minillm.generate.forward import compiled_next_logits, completion_logprobs, evaluating, next_logits, prompt_logits
 from minillm.generate.logprobs import token_logprobs
+from minillm.generate.packed import FEWEST_ROWS, can_pack, pack
 from minillm.generate.params import SamplingParams
 from minillm.generate.request import Completion, Prompt, Request, is_token, make_request
 from minillm.generate.rows import Sample, Search, choose_tokens
@@ -38,6 +39,7 @@ PROMPT_TOKENS = 4096  # read at once, at most: enough to keep any device busy, a
 # no more than halve the time a token takes; a model so small that its weights take no time gets this much anyway.
 LEAST_CACHE_BYTES = 2**30
 MOST_ROWS = 128
+STEPS_BEFORE_PACKING = 4  # packing the weights takes as long as some 5 steps of 8 rows, and saves half of each
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Engine:
         self.rows: list[Sample | Search] = []  # who has each slot in use
         self.next: list[int] = []  # the token that each of them reads next
         self.ended: dict[Request, list[Sample]] = {}  # of requests that are not done, the completions that are
+        self.packed: nn.Module | None = None  # the model once more, faster with many rows, while there are some
+        self.steps_of_rows = 0  # that it would have been faster at, since the engine was idle
 
     @property
     def busy(self) -> bool:
@@ -119,6 +123,7 @@ class Engine:
         self.waiting = deque(owner for owner in self.waiting if owner.request is not request)
         self.free([slot for slot, owner in enumerate(self.rows) if owner.request is request])
         self.ended.pop(request, None)
+        self.rest()
 
     def step(self) -> list[Event]:
         """One forward, and what it added; nothing where the engine is not busy."""
@@ -129,7 +134,9 @@ class Engine:
             begun = self.admit()
             owners = begun or list(self.rows)
             logits = self.read_prompts(begun) if begun else self.read_next()
-            return self.take_tokens(owners, logits)
+            events = self.take_tokens(owners, logits)
+        self.rest()
+        return events
 
     # --- rows ---
 
@@ -179,17 +186,30 @@ class Engine:
     def read_packed(self, requests: Sequence[Request], slots: Sequence[int]) -> Tensor:
         """Reads prompts packed in one row into slots; logits after each of them, (n, V)."""
         caches = self.cache.packed_prompts(slots, [len(request.prompt) for request in requests])
-        return prompt_logits(self.model, requests, caches)
+        return prompt_logits(self.packed or self.model, requests, caches)
 
     def read_next(self) -> Tensor:
         """Reads the next token of each row; logits after it, (B, V)."""
         n = len(self.rows)
         if not self.compile:
             tokens = torch.tensor(self.next, device=self.device)[:, None]  # (B, 1)
-            return next_logits(self.model, tokens, self.cache.next_tokens(n, self.device))
+            return next_logits(self.faster_model(n), tokens, self.cache.next_tokens(n, self.device))
         padded = power_of_two(n)  # few shapes, each compiled once
         tokens = torch.tensor(self.next + [0] * (padded - n), device=self.device)[:, None]
         return compiled_next_logits()(self.model, tokens, self.cache.next_tokens(n, self.device, padded))[:n]
+
+    def faster_model(self, rows: int) -> nn.Module:
+        """The model for a step of so many rows: packed, once there were enough steps for it."""
+        if rows >= FEWEST_ROWS and self.packed is None:
+            self.steps_of_rows += 1
+            if self.steps_of_rows == STEPS_BEFORE_PACKING and can_pack(self.model):
+                self.packed = pack(self.model)
+        return self.packed or self.model
+
+    def rest(self) -> None:
+        """Give back what is only worth its memory while there is something to do."""
+        if not self.busy:
+            self.packed, self.steps_of_rows = None, 0
 
     # --- tokens ---
 
