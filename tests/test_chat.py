@@ -224,9 +224,9 @@ def test_lines_are_answered_until_the_input_ends(tmp_path):
     model = make_model()
     save(model, TOKENIZER, tmp_path / "saved")
     lines = ["hen", "/set max_new_tokens 4", "", "/sett", "/save /nowhere/a.json", "red", "/exit", "never said"]
-    words = [tmp_path / "saved", "--temperature", 0, "--max_new_tokens", 6, "--system", "A story."]
+    words = [tmp_path / "saved", "--temperature", 0, "--max_new_tokens", 6, "--system", "A story.", "--dtype", "bf16"]
     done = subprocess.run(command(*words), input="\n".join(lines), capture_output=True, text=True, check=False)
-    session = Session(model, TOKENIZER, SamplingParams(temperature=0, max_new_tokens=6), [SYSTEM])
+    session = Session(model.bfloat16(), TOKENIZER, SamplingParams(temperature=0, max_new_tokens=6), [SYSTEM])
     answers = ["".join(session.answer("hen"))]
     obey(session, "/set max_new_tokens 4")
     answers.append("".join(session.answer("red")))

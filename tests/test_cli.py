@@ -243,6 +243,15 @@ def test_impossible_generation_is_refused_before_any_text(run_dir, capsys, words
     assert said.out == ""
 
 
+def test_text_is_generated_from_weights_of_the_dtype_that_is_asked_for(run_dir, capsys):
+    expected = generate(*load(run_dir, dtype=torch.bfloat16), "the cat", SamplingParams(max_new_tokens=8, seed=3))
+    words = ["--prompt", "the cat", "--max_new_tokens", 8, "--seed", 3, "--dtype", "bf16", "--json"]
+    capsys.readouterr()
+    assert minillm("generate", run_dir, *words) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["tokens"], told["cumulative_logprob"]) == (expected.tokens, expected.cumulative_logprob)
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"n": 3, "seed": 3}, {"best_of": 3, "seed": 3}, {"use_beam_search": True, "num_beams": 3, "n": 2}],

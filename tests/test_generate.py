@@ -242,6 +242,8 @@ def test_prompts_that_are_neither_text_nor_tokens():
     refused("a text, or a list of tokens, is expected, not .*5.5", [5.5, 6])
     refused("is expected, not .*3", ["fine", 3])
     refused(r"is expected, not \[1, 'a'\]", [1, "a"])
+    refused("is expected, not None", None)
+    refused("is expected, not 5", 5)
 
 
 def test_text_without_a_tokenizer():

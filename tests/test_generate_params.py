@@ -153,6 +153,7 @@ def from_words(*words: str) -> SamplingParams:
         (["--stop_token_ids", "1,2"], {"stop_token_ids": [1, 2]}),
         (["--logit_bias", "5:-100,7:2.5"], {"logit_bias": {5: -100, 7: 2.5}}),
         (["--logit_bias", '{"5": -100, "7": 2.5}'], {"logit_bias": {5: -100, 7: 2.5}}),
+        (["--logit_bias", "5:-inf,7:2.5"], {"logit_bias": {5: -math.inf, 7: 2.5}}),
         (["--presence_penalty", "-1"], {"presence_penalty": -1}),
         (
             ["--use_beam_search", "--num_beams", "2", "--early_stopping", "never"],
@@ -169,5 +170,6 @@ def test_words_of_the_command_line_mean_what_a_person_expects(words, fields):
 
 
 def test_a_mapping_that_is_none_is_told_how_it_is_written():
-    with pytest.raises(ConfigError, match=r"logit_bias is '5'; .* as KEY:VALUE,... is expected"):
-        from_words("--logit_bias", "5")
+    for word in ("5", "5:inf", "5:nan", "5:-infinite"):
+        with pytest.raises(ConfigError, match=rf"logit_bias is '{word}'; .* or -inf, as KEY:VALUE,... is expected"):
+            from_words("--logit_bias", word)

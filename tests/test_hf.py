@@ -254,6 +254,10 @@ def test_damaged_files_are_refused_by_name(tmp_path):
         first.write_bytes(damaged)
         with pytest.raises(ValueError, match=first.name):
             load(tmp_path)
+    for length in (len(whole) - 1, 20):
+        first.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=rf"{first.name}: .*(truncated.* {length}|{length}: truncated)"):
+            load(tmp_path)
     first.unlink()
     with pytest.raises(ValueError, match=f"{first.name}: is missing"):
         load(tmp_path)

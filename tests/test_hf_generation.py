@@ -67,6 +67,28 @@ def test_what_transformers_writes_by_default_is_no_reason_to_warn(tmp_path, capl
     assert caplog.text == ""
 
 
+def test_what_is_off_is_no_reason_to_warn(folder, caplog):
+    transformers = pytest.importorskip("transformers")
+    defaults = transformers.GenerationConfig._get_default_generation_params()
+    off = {name: value for name, value in defaults.items() if not name.startswith(("num_assistant", "assistant_"))}
+    say(folder, **off | {"target_lookbehind": None, "top_k": 0, "do_sample": True})
+    with caplog.at_level(logging.WARNING, "minillm"):
+        assert default_params(folder) == SamplingParams()
+        assert caplog.text == ""
+        say(folder, num_beams=1, no_repeat_ngram_size=3)
+        default_params(folder)
+    assert "not followed: no_repeat_ngram_size" in caplog.text
+
+
+def test_an_end_beyond_the_vocabulary_is_ignored_with_a_warning(folder, caplog):
+    say(folder, eos_token_id=[5, 272])
+    with caplog.at_level(logging.WARNING, "minillm"):
+        params = default_params(folder)
+    assert params.stop_token_ids == (5,)
+    assert "eos_token_id 272 is beyond the vocabulary of 272: ignored" in caplog.text
+    generate(*load(folder), "hen", params)
+
+
 def test_without_the_file_the_ends_are_those_of_config_json(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": [7, 8]}))
     assert read_generation_config(tmp_path) == {"stop_token_ids": (7, 8)}

@@ -135,6 +135,15 @@ def test_dtype_stays(tmp_path, dtype):
     assert {p.dtype for p in loaded.parameters()} == {dtype}
 
 
+def test_another_dtype_can_be_asked_for(tmp_path):
+    folder = save(make_model(), TOKENIZER, tmp_path / "saved")
+    loaded, _ = load(folder, dtype=torch.bfloat16)
+    assert same_weights(loaded, make_model().bfloat16())
+    int8 = export(folder, tmp_path / "int8", quantize="int8")
+    with pytest.raises(ValueError, match="are int8, which are not cast to"):
+        load(int8, dtype=torch.bfloat16)
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
     """A run of 67 MB of parameters beside 134 MB of moments."""

@@ -89,7 +89,7 @@ def read_header(path: Path) -> Header:
     with opened(path) as (file, size):
         length = int.from_bytes(file.read(8), "little")
         fits = size >= 8 and length <= min(size - 8, MAX_JSON)
-        require(fits, f"{path}: a header of {length} bytes in a file of {size}: not a safetensors file")
+        require(fits, f"{path}: a header of {length} bytes in a file of {size}: truncated, or not a safetensors file")
         entries = parse(path, file.read(length))
     entries.pop("__metadata__", None)
     try:
@@ -102,6 +102,7 @@ def read_header(path: Path) -> Header:
             header[name] = (entry["dtype"], entry["shape"], 8 + length + begin, 8 + length + end)
         ends = [8 + length, *sorted(end for *_, end in header.values())]
         begins = [*sorted(begin for *_, begin, _ in header.values()), size]
+        require(ends[-1] <= size, f"truncated: it describes {ends[-1]} bytes, the file has {size}")
         require(ends == begins, "its tensors overlap, leave gaps or exceed the file")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a valid safetensors header: {error}") from None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from torch import nn
 
@@ -32,6 +32,7 @@ from minillm.generate.engine import stream
 from minillm.generate.params import SamplingParams
 from minillm.load import find_checkpoint, load
 from minillm.tokenizer import Tokenizer
+from minillm.trainer.config import DTYPES
 
 ANSWER_TOKENS = 256  # kept free for an answer where max_new_tokens is not set, or a quarter of a small context
 SEVERAL = ("n", "best_of", "use_beam_search", "num_beams", "length_penalty", "early_stopping")  # answers compared
@@ -49,6 +50,7 @@ class Chat(SamplingParams):
     template: Annotated[str, "how it is given what is said; auto: as it was taught, none: as text to continue"] = "auto"
     step: Annotated[int | None, "checkpoint of a run; none: the newest", ">= 0"] = None
     device: Annotated[str, "auto | cpu | cuda | mps | ..."] = "auto"
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"] | None, "of the weights (none: as they are)"] = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -202,7 +204,7 @@ def obey(session: Session, line: str) -> str:
 def chat(options: Chat) -> None:
     """Talk with a model until the input ends."""
     folder = find_checkpoint(Path(options.path), options.step)
-    model, tokenizer = load(folder, device=find_device(options.device))
+    model, tokenizer = load(folder, find_device(options.device), dtype=DTYPES.get(options.dtype))
     if tokenizer is None:
         raise ValueError(f"{options.path}: there is no tokenizer beside the model, so it cannot read or write text")
     template = template_for(folder, options.template, tokenizer)

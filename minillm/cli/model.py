@@ -32,6 +32,7 @@ class Generate(SamplingParams):
     template: Annotated[str, "how it is given the prompt; auto: as it was taught, none: as text to continue"] = "auto"
     step: Annotated[int | None, "checkpoint of a run; none: the newest", ">= 0"] = None
     device: Annotated[str, "auto | cpu | cuda | mps | ..."] = "auto"
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"] | None, "of the weights (none: as they are)"] = None
     json: Annotated[bool, "print a JSON object for each completion: text, tokens, log-probabilities"] = False
 
     def __post_init__(self):
@@ -95,7 +96,7 @@ def generate_text(options: Generate) -> None:
         params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *stops))
         before = ""
     request = make_request(config, tokenizer, prompt, params)  # a mistake is said before the weights are read
-    model, tokenizer = load(folder, device=find_device(options.device))
+    model, tokenizer = load(folder, find_device(options.device), dtype=DTYPES.get(options.dtype))
     if not options.json and request.n_samples == 1 and not params.use_beam_search:
         print(before, end="", flush=True)
         for piece in stream(model, tokenizer, prompt, params):

@@ -303,6 +303,8 @@ def generate(
     list. `max_rows` and `compile` are those of `Engine`.
     Raises ValueError before any work when a prompt, or what is asked of it, does not fit the model's context.
     """
+    if not hasattr(prompts, "__len__"):
+        raise ValueError(f"prompts: a text, a list of tokens, or a list of these is expected, not {prompts!r}")
     one = isinstance(prompts, str) or (len(prompts) > 0 and is_token(prompts[0]))
     prompts = [prompts] if one else prompts
     if params is None or isinstance(params, SamplingParams):

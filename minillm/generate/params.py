@@ -38,7 +38,10 @@ class SamplingParams:
     frequency_penalty: Annotated[
         float, "taken off the logit of a token for each time that the completion has it", ">= -2, <= 2"
     ] = 0.0
-    logit_bias: Annotated[dict[int, float], "added to the logits of tokens, as ID:BIAS,...; -100 all but forbids"] = ()
+    logit_bias: Annotated[
+        dict[int, float | Literal["-inf"]],
+        "added to the logits of tokens, as ID:BIAS,...; -100 all but forbids, -inf forbids",
+    ] = ()
     seed: Annotated[int | None, "the same seed gives the same text (none: another one each time)", ">= 0"] = None
     n: Annotated[int, "completions of each prompt", ">= 1"] = 1
     best_of: Annotated[int | None, "completions made, of which the n most likely are kept (none: n)", ">= 1"] = None
@@ -107,14 +110,16 @@ def freeze_list(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def freeze_mapping(value: Any) -> Any:
-    return tuple(sorted(value.items(), key=repr)) if isinstance(value, Mapping) else freeze_list(value)
+def freeze_biases(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return freeze_list(value)
+    return tuple(sorted(((token, -math.inf if bias == "-inf" else bias) for token, bias in value.items()), key=repr))
 
 
 FROZEN: dict[str, Callable[[Any], Any]] = {
     "stop": freeze_texts,
     "stop_token_ids": freeze_list,
-    "logit_bias": freeze_mapping,
+    "logit_bias": freeze_biases,
 }
 
 

@@ -18,6 +18,15 @@ WITHOUT_EFFECT = (
     *("bos_token_id", "pad_token_id", "max_length", "max_new_tokens", "transformers_version"),
     *("use_cache", "output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"),
 )
+# What changes nothing at this value, by which transformers means that it is off: its own default.
+NEUTRAL: dict[str, Any] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("typical_p", "top_h", "length_penalty", "encoder_repetition_penalty", "guidance_scale"), 1.0),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "diversity_penalty", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("early_stopping", "remove_invalid_values", "renormalize_logits", "token_healing"), False),
+    **dict.fromkeys(("output_logits", "low_memory", "use_mtp"), False),
+}
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
@@ -33,7 +42,8 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     else:
         given = {}
     known = (*FOLLOWED, *WITHOUT_EFFECT)
-    if others := sorted(key for key in given if key not in known and not key.startswith("_")):
+    others = {key for key in given if key not in known and not key.startswith("_")}
+    if others := sorted(key for key in others if key not in NEUTRAL or given[key] != NEUTRAL[key]):
         logger.warning("%s: not followed: %s", path, ", ".join(others))
     fields = {name: given[name] for name in (*SAMPLING, "repetition_penalty") if name in given}
     if fields.get("top_k") == 0:

@@ -155,9 +155,20 @@ def taught_template(folder: Path) -> str | None:
 
 
 def default_params(path: str | Path) -> SamplingParams:
-    """How a folder asks to be sampled from: by its generation_config.json; SamplingParams() where it has none."""
+    """How a folder asks to be sampled from: by its generation_config.json; SamplingParams() where it has none.
+
+    Tokens that end a text but are none of its model's are left out, with a warning.
+    """
     folder = hf.find_folder(path)
     try:
-        return SamplingParams(**hf.read_generation_config(folder))
+        params = SamplingParams(**hf.read_generation_config(folder))
     except ValueError as error:
         raise ValueError(f"{folder / hf.GENERATION}: {error}") from None
+    if not params.stop_token_ids or not (folder / "config.json").exists():
+        return params
+    config, tokenizer = describe(folder)
+    known = tokenizer.vocab_size if tokenizer else config.vocab_size
+    if beyond := [token for token in params.stop_token_ids if token >= known]:
+        said = ", ".join(map(str, beyond))
+        logger.warning("%s: eos_token_id %s is beyond the vocabulary of %d: ignored", folder, said, known)
+    return dataclasses.replace(params, stop_token_ids=tuple(token for token in params.stop_token_ids if token < known))

@@ -15,7 +15,7 @@ from minillm import checkpoint, hf
 from minillm.data.jinja import exported
 from minillm.files import atomic_directory, explained
 from minillm.load.find import find_checkpoint, taught_template
-from minillm.load.stored import Stored, in_memory, is_int8, open_hugging_face, open_whole
+from minillm.load.stored import Stored, cast, in_memory, is_int8, open_hugging_face, open_whole
 from minillm.lora import adapted
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -84,15 +84,6 @@ def export_hugging_face(
         hf.copy_generation_config(source, folder)
         check_same_logits(stored, open_hugging_face(folder))
     return Path(directory).resolve()
-
-
-def cast(stored: Stored, dtype: torch.dtype | None) -> Stored:
-    """The same model, its tensors described in another dtype, in which they are then written."""
-    if dtype is None:
-        return stored
-    if is_int8(stored):
-        raise ValueError(f"its weights are int8, which are not cast to {dtype}; export what it was made from")
-    return stored._replace(tensors={name: (dtype, shape) for name, (_, shape) in stored.tensors.items()})
 
 
 @torch.no_grad()

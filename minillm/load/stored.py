@@ -23,17 +23,22 @@ from minillm.tokenizer import Tokenizer
 
 
 def load(
-    path: str | Path, device: str | torch.device = "cpu", step: int | None = None, base: str | Path | None = None
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    step: int | None = None,
+    base: str | Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:
     """The model, in eval mode, and its tokenizer (None where there is none) of a run, checkpoint, saved folder, or one
     of Hugging Face's.
 
-    Of a run, the newest checkpoint that verifies, or that of `step`. Parameters keep the dtype they were saved in. Of a
-    run with LoRA the model has its adapters; `base` says where what they were trained on is now, if it was moved.
+    Of a run, the newest checkpoint that verifies, or that of `step`. Parameters keep the dtype they were saved in,
+    unless another is given. Of a run with LoRA the model has its adapters; `base` says where what they were trained on
+    is now, if it was moved.
     Raises ValueError for a path that is none of these, a damaged checkpoint, a tokenizer that is not the model's, and
     another base.
     """
-    stored = open_stored(find_checkpoint(Path(path), step), base=base)
+    stored = cast(open_stored(find_checkpoint(Path(path), step), base=base), dtype)
     return in_memory(stored, device), stored.tokenizer
 
 
@@ -117,6 +122,15 @@ def open_hugging_face(folder: Path, tokenizer: Tokenizer | None = None) -> Store
     config = hf.read_config(folder)
     sources = hf.find_sources(folder, config)
     return Stored(config, tokenizer, hf.describe(sources), partial(hf.fill, sources), partial(hf.blocks, sources))
+
+
+def cast(stored: Stored, dtype: torch.dtype | None) -> Stored:
+    """The same model, its tensors described in another dtype, in which they are then read or written."""
+    if dtype is None:
+        return stored
+    if is_int8(stored):
+        raise ValueError(f"its weights are int8, which are not cast to {dtype}; take what it was made from")
+    return stored._replace(tensors={name: (dtype, shape) for name, (_, shape) in stored.tensors.items()})
 
 
 def on_meta(stored: Stored) -> Transformer:
