@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from minillm.config import Layer, help_text
+from minillm.files import read_json
 from minillm.log import make_trackers, run_command
 from minillm.recipe import begin, build_model, make_trainer, open_text, opened, read_config, settle, starting_point
-from minillm.recipe.answering import answer_held_out, answer_some, read_answers, sum_up
+from minillm.recipe.answering import answer_held_out, answer_some, read_answers, sum_up, unanswered
 from minillm.recipe.tuning import (
     TuningConfig,
     adapt,
@@ -52,11 +53,12 @@ def main(argv: Sequence[str]) -> int:
         base_path, must_agree = base_of(config)
         some_answers = partial(answer_some, model, settled)
         trainer = make_trainer(settled, model, objective, run, trackers, base_path, must_agree, some_answers)
-        if not begin(trainer, run, tokenizer, start, config.model.path):
+        goes_on = begin(trainer, run, tokenizer, start, config.model.path)
+        if not goes_on and not unanswered(settled, run):
             return 0
         if not start:
             answer_held_out("before", trainer, settled, run)
-        summary = trainer.fit()
+        summary = trainer.fit() if goes_on else read_json(run.summary)
         if summary["finished"]:
             answer_held_out("after", trainer, settled, run)
         if dist.is_main:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,29 @@ def test_a_stopped_run_goes_on_bitwise(workplace, words):
     assert run_command(sft.main, ["--run.dir", "runs/on", "--run.resume", middle]) == 0
     assert losses("runs/on") == losses("runs/tuned")[3:]
     assert same(weights("runs/on"), weights("runs/tuned"))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_that_is_stopped_while_it_answers_answers_when_it_goes_on(workplace, monkeypatch, when):
+    assert run("--run.dir", "runs/whole") == 0
+    answer = sft.answer_held_out
+
+    def stopped(now, *arguments):
+        if now == when:
+            os.kill(os.getpid(), signal.SIGTERM)
+        answer(now, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "answer_held_out", stopped)
+        with pytest.raises(SystemExit) as stop:
+            run()
+    assert stop.value.code == 0
+    assert not Path("runs/tuned/predictions", f"{when}.jsonl").exists()
+    for _ in range(2):  # the second time there is nothing to do
+        assert run("--run.resume", "auto") == 0
+        whole, tuned = (json.loads(Path(f"runs/{name}/summary.json").read_text()) for name in ("whole", "tuned"))
+        assert tuned["exact_match"] == whole["exact_match"]
+        assert losses("runs/tuned") == losses("runs/whole")
 
 
 def test_adapters_are_trained_and_saved_alone(workplace):

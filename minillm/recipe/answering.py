@@ -37,6 +37,12 @@ def answer_held_out(when: str, trainer: Trainer, settled: Settled, run: RunDirec
         write_atomically(path, "".join(json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in answered))
 
 
+def unanswered(settled: Settled, run: RunDirectory) -> bool:
+    """Whether a run that is over was stopped before it had answered; the same on all ranks."""
+    wanted = settled.config.sft.predict and held_out(settled.sources)
+    return settled.dist.broadcast(bool(wanted) and not predictions(run, "after").exists())
+
+
 def answer_some(model: nn.Module, settled: Settled) -> dict[str, float]:
     """What an evaluation adds on the way: the metrics of a few answers, of which the first goes into the log."""
     sft = settled.config.sft

@@ -90,7 +90,7 @@ def begin(
         LOGGER.info("resumed from %s", checkpoint_path)
     over = trainer.over() and not trainer.progress.unevaluated
     if dist.broadcast(over and run.finished_at(trainer.progress.step)):
-        LOGGER.info("%s: the run is finished at step %d; there is nothing to do", run.path, trainer.progress.step)
+        LOGGER.info("%s: the run is finished at step %d; no step is left to make", run.path, trainer.progress.step)
         return False
     if dist.is_main:
         tokenizer.save(run.path)
