@@ -17,22 +17,15 @@ from minillm.files import read_json
 from minillm.log import make_trackers, run_command
 from minillm.recipe import begin, build_model, make_trainer, open_text, opened, read_config, settle, starting_point
 from minillm.recipe.answering import answer_held_out, answer_some, read_answers, sum_up, unanswered
-from minillm.recipe.tuning import (
-    TuningConfig,
-    adapt,
-    answers_objective,
-    base_of,
-    fitting_conversations,
-    open_chats,
-    with_template,
-)
+from minillm.recipe.sft import FineTuningConfig, answers_objective, open_chats
+from minillm.recipe.tuning import adapt, base_of, fitting_tuning, with_template
 from minillm.report import show_answers, show_figures, show_stop
 from minillm.run import RunDirectory
 
 USAGE = f"usage: python sft.py [CONFIG.toml] [--section.field VALUE ...]\n\n{__doc__}"
 QUICKSTART = Path(__file__).parent / "configs" / "sft-quickstart.toml"
 PLACES = Layer("defaults of sft.py", {"model.path": "runs/quickstart", "run.dir": "runs/quickstart-sft"})
-Config = TuningConfig
+Config = FineTuningConfig
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(help_text(Config, USAGE))
         return 0
-    config = read_config(Config, argv, partial(fitting_conversations, without_data=QUICKSTART), PLACES)
+    config = read_config(Config, argv, partial(fitting_tuning, without_data=QUICKSTART), PLACES)
     trackers = make_trackers(config.log, config.run.dir)
     with opened(config) as (dist, run):
         start = starting_point(config.run, run, dist)

@@ -66,15 +66,20 @@ def show_figures(run: RunDirectory, summary: dict[str, Any], sources: Sequence[s
     print(f"\n{curve(read_metrics(run.metrics))}\n")
     val = ""
     if summary.get("val_loss") is not None:
-        val = f", val loss {summary['val_loss']:.4f} ({summary['val_bpb']:.3f} bits per byte)"
+        val = f", val loss {loss_and_bytes(summary)}"
     print(
         f"{run.path}: {summary['tokens']:,} tokens in {summary['hours'] * 60:.1f} minutes, "
         f"{summary['mean_tokens_per_second']:,.0f} tokens/s, {summary['peak_memory_bytes'] / 2**30:.1f} GiB{val}"
     )
     for name in sources:
         if summary.get(f"val_loss/{name}") is not None:
-            loss, bpb = summary[f"val_loss/{name}"], summary[f"val_bpb/{name}"]
-            print(f"  source {name}: val loss {loss:.4f} ({bpb:.3f} bits per byte)")
+            print(f"  source {name}: val loss {loss_and_bytes(summary, f'/{name}')}")
     if best and summary["best_step"] not in (None, summary["step"]):
         words = f"val loss {summary['best_val_loss']:.4f} at step {summary['best_step']}"
         print(f"  best: {words}; minillm.load({str(run.path)!r}, step={summary['best_step']}) reads its weights")
+
+
+def loss_and_bytes(summary: Mapping[str, Any], source: str = "") -> str:
+    """The loss of what was held out, and how many bits a byte of it takes, if it is text."""
+    bpb = summary.get(f"val_bpb{source}")
+    return f"{summary[f'val_loss{source}']:.4f}" + (f" ({bpb:.3f} bits per byte)" if bpb is not None else "")

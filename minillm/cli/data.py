@@ -30,7 +30,7 @@ from minillm.data.text import named_files
 from minillm.data.trees import PairsConfig
 from minillm.log import read_metrics
 from minillm.losses.preference import LOSSES
-from minillm.recipe.tuning import SFTConfig
+from minillm.recipe.sft import SFTConfig
 from minillm.run import RunConfig, RunDirectory
 from minillm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 

@@ -7,6 +7,7 @@ they divide by the bytes of the text itself.
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -83,17 +84,26 @@ def read_sums(unread: dict[str, list[Tensor]], into: dict[str, list[float]]) -> 
 def mixture(parts: Sequence[tuple[str, float, Mapping[str, float]]]) -> dict[str, float]:
     """The figures of a mixture from those that `evaluate` gives for each source.
 
-    Args: (name, share of the samples, figures) of each source, all with bits per byte.
+    Args: (name, share of the samples, figures) of each source, all of them with bytes or none.
 
-    Returns: val_loss of a token and val_bpb of a byte as they come in the mixture, perplexity, and val_loss/NAME and
-        val_bpb/NAME of each source.
+    Returns: val_loss of a unit, and what else is a mean over units, as they come in the mixture; perplexity; with bytes
+        val_bpb of a byte; and val_loss/NAME and val_bpb/NAME of each source.
     """
     whole = math.fsum(share for _, share, _ in parts)
-    val_loss = math.fsum(share * figures["val_loss"] for _, share, figures in parts) / whole
-    bytes_per_token = math.fsum(share * figures["bytes"] / figures["tokens"] for _, share, figures in parts) / whole
-    val_bpb = val_loss / math.log(2) / bytes_per_token if bytes_per_token else math.inf
-    by_source = {f"{key}/{name}": figures[key] for name, _, figures in parts for key in ("val_loss", "val_bpb")}
-    return {"val_loss": val_loss, "val_bpb": val_bpb, "perplexity": exp(val_loss)} | by_source
+
+    def mean(of: Callable[[Mapping[str, float]], float]) -> float:
+        return math.fsum(share * of(figures) for _, share, figures in parts) / whole
+
+    means = [key for key in parts[0][2] if key.startswith("val_") and key != "val_bpb"]
+    found = {key: mean(itemgetter(key)) for key in means}
+    found["perplexity"] = exp(found["val_loss"])
+    if "bytes" in parts[0][2]:
+        bytes_per_token = mean(lambda figures: figures["bytes"] / figures["tokens"])
+        found["val_bpb"] = found["val_loss"] / math.log(2) / bytes_per_token if bytes_per_token else math.inf
+    by_source = {
+        f"{key}/{name}": figures[key] for name, _, figures in parts for key in ("val_loss", "val_bpb") if key in figures
+    }
+    return found | by_source
 
 
 @contextlib.contextmanager

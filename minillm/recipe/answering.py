@@ -28,9 +28,12 @@ def answer_held_out(when: str, trainer: Trainer, settled: Settled, run: RunDirec
     """Let the model answer what was held out, and keep that as predictions/`when`.jsonl."""
     trainer.dist.at(f"answering {when} training", checkpoint.PATIENCE)
     with trainer.autocast():
-        answered = answers(trainer.model, settled, settled.config.sft.predict)
-    if settled.config.sft.predict and not answered:
-        LOGGER.warning("sft.predict: nothing is answered: nothing is held out, or the weights are cut over ranks")
+        answered = answers(trainer.model, settled, settled.config.own.predict)
+    if settled.config.own.predict and not answered:
+        LOGGER.warning(
+            "%s.predict: nothing is answered: nothing is held out, or the weights are cut over ranks",
+            settled.config.SECTION,
+        )
     if answered and settled.dist.is_main:
         path = predictions(run, when)
         path.parent.mkdir(exist_ok=True)
@@ -39,17 +42,17 @@ def answer_held_out(when: str, trainer: Trainer, settled: Settled, run: RunDirec
 
 def unanswered(settled: Settled, run: RunDirectory) -> bool:
     """Whether a run that is over was stopped before it had answered; the same on all ranks."""
-    wanted = settled.config.sft.predict and held_out(settled.sources)
+    wanted = settled.config.own.predict and held_out(settled.sources)
     return settled.dist.broadcast(bool(wanted) and not predictions(run, "after").exists())
 
 
 def answer_some(model: nn.Module, settled: Settled) -> dict[str, float]:
     """What an evaluation adds on the way: the metrics of a few answers, of which the first goes into the log."""
-    sft = settled.config.sft
-    answered = answers(model, settled, min(sft.predict, sft.predict_some))
+    own = settled.config.own
+    answered = answers(model, settled, min(own.predict, own.predict_some))
     for one in answered[:1]:
         LOGGER.info("  %s", answer_line(one))
-    return {f"val_{metric}": METRICS[metric](answered) for metric in sft.metrics if answered}
+    return {f"val_{metric}": METRICS[metric](answered) for metric in own.metrics if answered}
 
 
 def answers(model: nn.Module, settled: Settled, count: int) -> list[Answered]:
@@ -57,14 +60,14 @@ def answers(model: nn.Module, settled: Settled, count: int) -> list[Answered]:
 
     None where nothing is held out, and from a model whose weights are cut over ranks.
     """
-    sft, dist, tokenizer, model = settled.config.sft, settled.dist, settled.tokenizer, unwrapped(model)
+    own, dist, tokenizer, model = settled.config.own, settled.dist, settled.tokenizer, unwrapped(model)
     stores = [source.prepared.val for source in held_out(settled.sources)]
     if not count or not stores or any(map(is_sharded, model.parameters())):
         return []
     asked = [one for store in stores for one in last_answers(store, -(-count // len(stores)), tokenizer)]
-    ends = stop_ids(find_template(sft.template, tokenizer), tokenizer)
+    ends = stop_ids(find_template(own.template, tokenizer), tokenizer)
     with torch.compiler.set_stance("force_eager"):  # what is compiled for training would be again for each length
-        mine = answers_of(model, tokenizer, asked[dist.rank :: dist.world_size], ends, sft.predict_tokens)
+        mine = answers_of(model, tokenizer, asked[dist.rank :: dist.world_size], ends, own.predict_tokens)
     shares = dist.gather([one._asdict() for one in mine])
     return [Answered(**shares[i % len(shares)][i // len(shares)]) for i in range(len(asked))]
 

@@ -1,46 +1,39 @@
-"""What fine-tuning on conversations adds to a recipe: its sections, what suits them, and which weights are trained."""
+"""What a recipe that goes on from a model adds: which weights are trained, what suits that, and the template."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
 from minillm.config import Layer, file_layer, lookup, nearest
-from minillm.data.chat import find_template
-from minillm.data.config import ConversationsConfig
-from minillm.data.conversation_store import open_conversations
-from minillm.data.corpus import with_questions
 from minillm.data.jinja import choose_template
-from minillm.data.masked import TurnsConfig
-from minillm.data.mixture import Source
 from minillm.eval.answers import METRICS, check_installed
 from minillm.load import find_checkpoint, taught_template, weights_hash
 from minillm.lora import LoRAConfig, add_adapters, apply_lora
 from minillm.model.transformer import Transformer
-from minillm.objectives import NextToken, NoisyNextToken
 from minillm.plan import recommend_tuning
 from minillm.recipe.config import RecipeConfig
 from minillm.recipe.fitting import as_count
 from minillm.recipe.layers import is_none, without_limits
 from minillm.tensors import parameter_names
-from minillm.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from minillm.tokenizer import Tokenizer
+
+C = TypeVar("C", bound="TuningConfig")
 
 
 @dataclass(frozen=True)
-class SFTConfig(TurnsConfig):
-    """What of conversations is learned, by which weights, and how what was learned is measured."""
+class AnswersConfig:
+    """Which weights learn to answer, and how the answers are measured."""
 
     frozen: Annotated[list[str], "weights that stay as they are: names or patterns, as embed.*,blocks.0.*"] = field(
         default_factory=list
     )
-    neftune: Annotated[float, "noise on embeddings in training, uniform of this / sqrt(T D); 5 is usual", ">= 0"] = 0.0
     predict: Annotated[
         int, "held-out conversations whose last answer is generated before and after training, and measured", ">= 0"
     ] = 0
@@ -53,6 +46,11 @@ class SFTConfig(TurnsConfig):
     ] = field(default_factory=lambda: ["exact_match"])
 
     def __post_init__(self):
+        if problems := self.problems():
+            raise ValueError("\n".join(problems))
+
+    def problems(self) -> list[str]:
+        """What contradicts itself, a line each."""
         problems = [
             f"metrics: {name!r} is not known{nearest(name, METRICS)} ({', '.join(METRICS)})"
             for name in self.metrics
@@ -62,30 +60,32 @@ class SFTConfig(TurnsConfig):
             check_installed(self.metrics)
         except ValueError as error:
             problems.append(f"metrics: {error}")
-        if self.predict and self.train_on == "all":
-            problems.append("predict: with train_on all, nobody's answer is told from the rest; leave one of them out")
-        if problems:
-            raise ValueError("\n".join(problems))
+        return problems
 
 
 @dataclass(frozen=True)
 class TuningConfig(RecipeConfig):
-    """A run that learns from conversations."""
+    """A run that goes on from a model, in full or by adapters; what it learns stands in the section `SECTION`."""
 
-    data: ConversationsConfig = field(default_factory=ConversationsConfig)
-    sft: SFTConfig = field(default_factory=SFTConfig)
+    SECTION: ClassVar[str]
+
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+    @property
+    def own(self) -> Any:
+        """The section of what it learns: an AnswersConfig with a `template`."""
+        return getattr(self, self.SECTION)
 
     def problems(self) -> list[str]:
         """What contradicts itself, a line each."""
         problems = super().problems()
-        if self.lora.r and self.sft.frozen:
-            problems.append("sft.frozen: with adapters (lora.r) all other weights are frozen; leave one of them out")
-        if self.sft.neftune and self.parallel.tp > 1:
-            problems.append("sft.neftune: tensor-parallel ranks would each add other noise; leave one of them out")
+        if self.lora.r and self.own.frozen:
+            problems.append(
+                f"{self.SECTION}.frozen: with adapters (lora.r) all other weights are frozen; leave one of them out"
+            )
         with torch.device("meta"):
             model = Transformer(self.model.to_config(vocab_size=1))
-        for change in (partial(freeze, patterns=self.sft.frozen), partial(with_adapters, config=self.lora)):
+        for change in (partial(freeze, config=self), partial(with_adapters, config=self.lora)):
             try:
                 change(model)
             except ValueError as error:
@@ -96,18 +96,18 @@ class TuningConfig(RecipeConfig):
 # --- what is trained --------------------------------------------------------------------------------------------------
 
 
-def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Leave the parameters that the patterns fit out of training. Raises ValueError where one fits none, or all do."""
-    named = parameter_names(model)
-    for pattern in patterns:
+def freeze(model: nn.Module, config: TuningConfig) -> None:
+    """Leave the parameters that `frozen` fits out of training. Raises ValueError where a pattern fits none, or all."""
+    named, field_name = parameter_names(model), f"{config.SECTION}.frozen"
+    for pattern in config.own.frozen:
         fitting = [name for name in named if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
         if not fitting:
             names = list(named)
-            raise ValueError(f"sft.frozen: {pattern!r} fits no weight; they are called {names[0]}, ..., {names[-1]}")
+            raise ValueError(f"{field_name}: {pattern!r} fits no weight; they are called {names[0]}, ..., {names[-1]}")
         for name in fitting:
             named[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in named.values()):
-        raise ValueError("sft.frozen: all weights are, so that nothing is left to train")
+        raise ValueError(f"{field_name}: all weights are, so that nothing is left to train")
 
 
 def with_adapters(model: nn.Module, config: LoRAConfig) -> None:
@@ -118,30 +118,22 @@ def with_adapters(model: nn.Module, config: LoRAConfig) -> None:
 
 def adapt(model: Transformer, config: TuningConfig) -> None:
     """Freeze what is not trained, and add what is trained in its stead."""
-    freeze(model, config.sft.frozen)
+    freeze(model, config)
     apply_lora(model, config.lora, config.run.seed)
 
 
 def base_of(config: TuningConfig) -> tuple[str | None, dict[str, Any]]:
     """(where the base of adapters is, what a run with them must agree on); nothing of the kind without adapters."""
     if not config.lora.r:
-        return None, {"sft.frozen": config.sft.frozen}
+        return None, {f"{config.SECTION}.frozen": config.own.frozen}
     path = str(Path(config.model.path).resolve())
     return path, {"base_sha256": weights_hash(find_checkpoint(Path(path))), "lora": dataclasses.asdict(config.lora)}
-
-
-def answers_objective(config: TuningConfig, vocab_size: int) -> NextToken:
-    """The loss of the answers, with noise on the embeddings where it is asked for."""
-    penalties = {"label_smoothing": config.train.label_smoothing, "z_loss": config.train.z_loss}
-    if config.sft.neftune:
-        return NoisyNextToken(vocab_size, alpha=config.sft.neftune, **penalties)
-    return NextToken(vocab_size, **penalties)
 
 
 # --- what it learns from ----------------------------------------------------------------------------------------------
 
 
-def fitting_conversations(given: list[Layer], without_data: Path) -> list[Layer]:
+def fitting_tuning(given: list[Layer], without_data: Path) -> list[Layer]:
     """The layer of what suits the model that is tuned; that of the file where no path is given.
 
     How much a step is, where nobody says, is left to the tokens, which are not counted yet.
@@ -161,22 +153,14 @@ def fitting_conversations(given: list[Layer], without_data: Path) -> list[Layer]
     return [Layer("chosen for the conversations", without_limits(chosen, given))]
 
 
-def open_chats(
-    config: TuningConfig, data: ConversationsConfig, tokenizer_config: TokenizerConfig
-) -> tuple[Tokenizer, list[Source]]:
-    """The tokenizer, and the conversations of each source as the model is given them."""
-    tokenizer = train_tokenizer((), tokenizer_config)
-    template = find_template(with_template(config, tokenizer).sft.template, tokenizer)
-    return tokenizer, open_conversations(with_questions(data), config.sft, template, tokenizer)
-
-
-def with_template(config: TuningConfig, tokenizer: Tokenizer) -> TuningConfig:
+def with_template(config: C, tokenizer: Tokenizer) -> C:
     """The config with the template's name, so that whoever loads the model knows what it was taught."""
     try:
-        template = choose_template(config.sft.template, tokenizer, taught_by(config.model.path))
+        template = choose_template(config.own.template, tokenizer, taught_by(config.model.path))
     except ValueError as error:
-        raise ValueError(f"sft.{error}") from None
-    return dataclasses.replace(config, sft=dataclasses.replace(config.sft, template=template.name))
+        raise ValueError(f"{config.SECTION}.{error}") from None
+    own = dataclasses.replace(config.own, template=template.name)
+    return dataclasses.replace(config, **{config.SECTION: own})
 
 
 def taught_by(model_path: str | None) -> str | None:

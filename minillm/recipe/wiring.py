@@ -150,15 +150,17 @@ def make_trainer(
     base_path: str | None = None,
     more_identity: Mapping[str, Any] = MappingProxyType({}),
     more_figures: Callable[[], dict[str, float]] = dict,
+    measure: Objective | None = None,
 ) -> Trainer:
-    """The trainer of a model on an objective, and its evaluation by the loss of the next token.
+    """The trainer of a model on an objective, and its evaluation by `measure`, or else by the loss of the next token.
 
     `base_path`: as in Trainer. `more_identity`: what a run that is continued must agree on beside what is usual.
     `more_figures`: what an evaluation tells beside the loss.
     """
     config, dist = settled.config, settled.dist
     shape, tokenizer, sources = settled.shape, settled.tokenizer, settled.sources
-    plain_loss = NextToken(shape.vocab_size)
+    # nothing but text has bytes to divide by
+    measured = (NextToken(shape.vocab_size), tokenizer) if measure is None else (measure, None)
     optim, train, log = config.optim, config.train, config.log
     with memory_explained(settled.advice):
         optimizer = build_optimizer(model, optim)
@@ -182,7 +184,7 @@ def make_trainer(
         dist=dist,
         grad_clip=optim.grad_clip,
         seed=config.run.seed,
-        evaluate=make_evaluation(model, plain_loss, tokenizer, held_out(sources), config, dist, more_figures),
+        evaluate=make_evaluation(model, *measured, held_out(sources), config, dist, more_figures),
         run=run,
         log_every=log.every,
         flops_per_token=flops_per_token(shape, config.data.seq_len),
@@ -208,17 +210,19 @@ def make_trainer(
 
 def make_evaluation(
     model: Transformer,
-    objective: NextToken,
-    tokenizer: Tokenizer,
+    objective: Objective,
+    tokenizer: Tokenizer | None,
     sources: list[Source],
     config: RecipeConfig,
     dist: Context,
     more_figures: Callable[[], dict[str, float]] = dict,
 ) -> Callable[[Callable[[], None]], dict[str, float]] | None:
-    """Loss and bits per byte over the whole validation split of each source, and more; None where there is none."""
+    """The objective's figures, and with a tokenizer bits per byte, over the whole validation split of each source, and
+    more; None where there is none.
+    """
     if not sources:
         return None
-    token_bytes = token_byte_lengths(tokenizer)
+    token_bytes = token_byte_lengths(tokenizer) if tokenizer else None
     data, place = config.data, {"device": dist.device, "dp_rank": dist.dp_rank, "dp_size": dist.dp_size}
     rows = max(1, 2 * config.train.micro_batch_size)  # no gradients are kept, so more fits
 
