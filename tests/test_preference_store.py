@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minillm import cli
-from minillm.data.chat import prompt, render_all
+from minillm.data.chat import missing_marks, prompt, render_all
 from minillm.data.chat_templates import TEMPLATES, Message
 from minillm.data.config import ConversationsConfig, PreferencesConfig
 from minillm.data.conversation_store import open_conversations
@@ -17,10 +17,11 @@ from minillm.data.inspect import document_lines
 from minillm.data.loader import Loader, eval_batches
 from minillm.data.masked import TurnsConfig
 from minillm.data.preference_store import open_preferences
+from minillm.data.preferences import PreferencePair
 from minillm.data.rows import gather, plan_of
 from minillm.data.shards import describe
 from minillm.data.store import verify
-from minillm.data.trees import PairsConfig
+from minillm.data.trees import PairsConfig, read_tree, shortened, trees
 from minillm.log import run_command
 from minillm.losses import IGNORE_INDEX
 from minillm.model.masks import restart_positions
@@ -145,6 +146,7 @@ def write(path, rows):
 
 def unshared(store):
     """Of each document {branch: (tokens, learned)}: the prompt and the answer as if they stood by themselves."""
+    trees = [read_tree(store, number) for number in range(store.n_documents)]
     found = []
     for start, stop in pairwise(store.document_offsets.tolist()):
         tokens, branches, learned = (read(start, stop) for read in (store.tokens, store.branches, store.trained))
@@ -154,6 +156,8 @@ def unshared(store):
             assert not learned[here][0]  # a copy of the prompt's last token
             each[branch] = (prompt + tokens[here].tolist(), [0] * len(prompt) + learned[here].tolist())
         found.append(each)
+    again = [{a.branch: [*tree.prompt.tolist(), *a.tokens.tolist()] for a in tree.answers} for tree in trees]
+    assert again == [{branch: tokens for branch, (tokens, _) in each.items()} for each in found]
     return found
 
 
@@ -182,6 +186,22 @@ def test_each_answer_with_its_prompt_is_a_conversation_as_it_is_rendered(tmp_pat
         assert found[number] == dict(enumerate(expected, 1))
     assert ready.train.source(299) == f"{tmp_path}/rows.jsonl:300"
     verify(ready.directory)
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if not missing_marks(TEMPLATES[name], TOKENIZER)])
+def test_the_prompt_of_a_pair_is_that_which_an_answer_continues(name):
+    template = TEMPLATES[name]
+    asked = [Message(**message) for message in CHAT[:3]]
+    if template.system is not None:
+        asked.insert(0, Message("system", "be  brief "))
+    answers = [[Message("assistant", said)] for said in ("yes", " yes", "<|im_end|>\n")]
+    pairs = [PreferencePair(asked, one, other) for one, other in product(answers, answers)]
+    for pair, tree in zip(pairs, trees(template, TOKENIZER, pairs)):
+        assert tree.prompt.tolist() == prompt(template, TOKENIZER, asked)
+        for answer, said in zip(tree.answers, (pair.chosen, pair.rejected)):
+            [whole] = render_all(template, TOKENIZER, [[*asked, *said]])
+            assert [*tree.prompt, *answer.tokens] == whole.tokens[: whole.answers[-1][1]].tolist()
+            assert answer.learned.all()
 
 
 def test_text_that_spells_a_control_token_stays_text(tmp_path):
@@ -303,6 +323,34 @@ def test_long_answers_are_cut_to_one_limit(tmp_path, chosen, rejected):
     assert counts["truncated"] == counts["tokens"] - counts["stored"]
     with pytest.raises(ValueError, match=r"none is left for train, 1 are longer than data\.seq_len 200"):
         prepared(tmp_path, [one], seq_len=200, pairs=PairsConfig(long="drop"))
+
+
+def test_what_is_left_of_any_pair_fits_ends_the_prompt_and_begins_both_answers():
+    rng = np.random.default_rng(0)
+
+    def said(role, most):
+        return Message(role, "".join(rng.choice(list("ab c\n漢"), rng.integers(1, most))))
+
+    turns = [("user", 60), ("assistant", 60)]
+    for _ in range(150):
+        asked = [said("system", 30)] * int(rng.integers(2))
+        asked += [said(*turn) for turn in turns * int(rng.integers(3)) + turns[:1]]
+        pair = PreferencePair(asked, [said("assistant", 200)], [said("assistant", 200)])
+        [whole] = trees(CHATML, TOKENIZER, [pair])
+        limit = int(rng.integers(70, 400))
+        if whole.length <= limit:
+            continue
+        kept = shortened(CHATML, TOKENIZER, asked, whole, limit)
+        assert kept.length <= limit
+        starts = [number for number, message in enumerate(asked) if message.role == "user"]
+        last = [Message("user", asked[-1].content[cut:]) for cut in range(len(asked[-1].content))]
+        ends = [asked[start:] for start in starts] + [[one] for one in last]
+        ways = [way for end in ends for way in ([*asked[: starts[0]], *end], end)]
+        assert kept.prompt.tolist() in (prompt(CHATML, TOKENIZER, way) for way in ways)
+        lengths = [len(answer.tokens) for answer in kept.answers]
+        for answer, before in zip(kept.answers, whole.answers):
+            assert np.array_equal(answer.tokens, before.tokens[: len(answer.tokens)])
+            assert len(answer.tokens) in (len(before.tokens), max(lengths))
 
 
 def test_pairs_that_teach_nothing_are_dropped_and_counted(tmp_path):
@@ -444,7 +492,7 @@ def test_inspect_shows_the_pairs_that_a_step_of_a_run_read(tmp_path, monkeypatch
     said = capsys.readouterr().out
     assert len(re.findall(r"^sample \d: epoch 0, row \d, \d+ tokens", said, re.M)) == 8
     assert sorted(re.findall(r"rows.jsonl:(\d)  tokens 0-", said)) == list("12345678")
-    assert len(re.findall(r"^       rejected  ⟦y+(<\|im_end\|>)?⟧$", said, re.M)) == 8
+    assert len(re.findall(r"^       rejected  ⟦y+<\|im_end\|>⟧$", said, re.M)) == 8
 
 
 def test_in_a_terminal_each_answer_has_its_colour(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 from minillm.data.loader import Loader
 from minillm.data.rows import beside
 from minillm.data.store import TokenStore
+from minillm.data.trees import CHOSEN, Tree, read_tree
 from minillm.tokenizer import Tokenizer
 
 BRANCHES = ("prompt", "chosen", "rejected", "another's")
@@ -28,7 +29,12 @@ def inspect_lines(
         for excerpt in sample.excerpts:
             first = int(rows.store.document_offsets[excerpt.document])
             place = f"  {excerpt.column:>6}  {excerpt.source}  tokens {excerpt.start}-{excerpt.stop - 1}"
-            yield from shown(rows.store, place, first + excerpt.start, first + excerpt.stop, tokenizer, width, colour)
+            if beside(rows.store, "branches", 0, 0) is not None:
+                yield place
+                yield from tree_lines(read_tree(rows.store, excerpt.document), tokenizer, width, colour)
+            else:
+                start, stop = first + excerpt.start, first + excerpt.stop
+                yield f"{place}  {shown(rows.store, start, stop, tokenizer, width, colour)}"
 
 
 def document_lines(
@@ -38,31 +44,25 @@ def document_lines(
     for number in range(min(count, store.n_documents)):
         start, stop = store.document_offsets[number : number + 2].tolist()
         place = f"{store.source(number)}  {stop - start} tokens"
-        yield from shown(store, place, start, stop, tokenizer, width, colour)
+        if beside(store, "branches", 0, 0) is not None:
+            yield place
+            yield from tree_lines(read_tree(store, number), tokenizer, width, colour)
+        else:
+            yield f"{place}  {shown(store, start, stop, tokenizer, width, colour)}"
 
 
-def shown(
-    store: TokenStore, place: str, start: int, stop: int, tokenizer: Tokenizer, width: int, colour: bool
-) -> Iterator[str]:
-    """A line with a place and the text of its tokens start .. stop - 1; a tree has another for each of its parts.
+def shown(store: TokenStore, start: int, stop: int, tokenizer: Tokenizer, width: int, colour: bool) -> str:
+    """Tokens start .. stop - 1 as text in a line; where not all are learned, with marks around those that are."""
+    tokens, trained = store.tokens(start, stop), beside(store, "trained", start, stop)
+    marks = ("", "") if trained is None else marks_of(CHOSEN, colour)
+    return text_of(tokens, np.zeros(len(tokens)) if trained is None else trained, tokenizer, width, marks)
 
-    Where not all is learned there are marks around what is.
-    """
-    tokens = store.tokens(start, stop)
-    trained, branches = (beside(store, name, start, stop) for name in ("trained", "branches"))
-    if branches is None:
-        marks = ("", "") if trained is None else marks_of(1, colour)
-        trained = np.zeros(len(tokens), np.uint8) if trained is None else trained
-        yield f"{place}  {text_of(tokens, trained, tokenizer, width, marks)}"
-        return
-    yield place
-    begins = np.flatnonzero(np.diff(branches, prepend=0))  # of answers, each with the prompt's last token before it
-    ends = [*begins[1:].tolist(), len(tokens)]
-    prompt = tokens[: begins[0] + 1]
-    yield f"{BRANCHES[0]:>15}  {text_of(prompt, np.zeros(len(prompt), np.uint8), tokenizer, width, ('', ''))}"
-    for begin, end in zip(begins.tolist(), ends):
-        branch, answer = int(branches[begin]), slice(begin + 1, end)
-        text = text_of(tokens[answer], trained[answer], tokenizer, width, marks_of(branch, colour))
+
+def tree_lines(tree: Tree, tokenizer: Tokenizer, width: int, colour: bool) -> Iterator[str]:
+    """A prompt and its answers, a line each, with marks around what is learned."""
+    yield f"{BRANCHES[0]:>15}  {text_of(tree.prompt, np.zeros(len(tree.prompt)), tokenizer, width, ('', ''))}"
+    for branch, tokens, learned in tree.answers:
+        text = text_of(tokens, learned, tokenizer, width, marks_of(branch, colour))
         yield f"{BRANCHES[branch]:>15}  {text}"
 
 

@@ -2,7 +2,7 @@
 
     [ the prompt without its last token | that token, the chosen answer | that token, the rejected answer ]
 
-Data/rows.py says why. A tree is as long as all of this, and where that is more than a row holds, it is cut:
+rows.py says why. A tree is as long as all of this, and where that is more than a row holds, it is cut:
 
 1. the prompt from its beginning, as far as needed but to no less than a third of the row: whole turns are left out,
    and where the last is too long by itself, its text loses its beginning. What the system says stays, if it fits.
@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from operator import itemgetter
 from typing import Annotated, Literal, NamedTuple
 
@@ -27,6 +28,7 @@ from minillm.data.chat_templates import TEMPLATES, ChatTemplate, Message
 from minillm.data.conversations import says_nothing
 from minillm.data.masked import Masked
 from minillm.data.preferences import PreferencePair
+from minillm.data.store import TokenStore
 from minillm.tokenizer import Tokenizer
 
 PROMPT_SHARE = 3  # a prompt is cut to no less than one part in so many of a row: itself and two answers
@@ -86,6 +88,18 @@ class Tree(NamedTuple):
         return np.concatenate([np.zeros(len(self.prompt) - 1), *branches]).astype(np.uint8)
 
 
+def read_tree(store: TokenStore, document: int) -> Tree:
+    """A stored document."""
+    start, stop = store.document_offsets[document : document + 2].tolist()
+    tokens, branches, learned = (read(start, stop) for read in (store.tokens, store.branches, store.trained))
+    begins = np.flatnonzero(np.diff(branches, prepend=0)).tolist()
+    answers = [
+        Answer(int(branches[begin]), tokens[begin + 1 : end], learned[begin + 1 : end] == 1)
+        for begin, end in pairwise([*begins, stop - start])
+    ]
+    return Tree(tokens[: begins[0] + 1], answers)
+
+
 # --- from preferences to trees ----------------------------------------------------------------------------------------
 
 
@@ -104,7 +118,7 @@ def encode_preferences(
             why = "dropped" if kept is None else AFTER_CUT[problem(kept)]
         counts.update({"tokens": whole.length})
         if why is not None:
-            counts.update({why: 1})
+            counts.update({why: 1, "truncated": whole.length if why == "dropped" else 0})
             continue
         numbers.append(number)
         tokens.append(kept.tokens())
@@ -130,7 +144,7 @@ def trees(template: ChatTemplate, tokenizer: Tokenizer, preferences: Sequence[Pr
         for branch, _ in given:
             whole = next(rendered)
             (start, _), (_, stop) = whole.answers[before], whole.answers[-1]
-            asked = whole.tokens[:start]
+            asked = whole.tokens[:start]  # the same before each
             branches.append(Answer(branch, whole.tokens[start:stop], whole.trained()[start:stop]))
         yield Tree(asked, branches)
 
