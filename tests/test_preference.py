@@ -12,16 +12,33 @@ import torch
 from preferences import Trees, V, answer_logprobs, some_documents, unpaired
 from ranks import run_ranks
 
+from minillm.data.chat_templates import TEMPLATES
+from minillm.data.config import PreferencesConfig
+from minillm.data.loader import eval_batches
+from minillm.data.preference_store import open_preferences
+from minillm.data.store import verify
+from minillm.data.trees import PairsConfig
 from minillm.distributed.config import Layout
 from minillm.distributed.context import Context, connect, with_mesh
 from minillm.distributed.parallelize import parallelize
 from minillm.eval.perplexity import evaluate
-from minillm.lora import LoRAConfig, adapted, apply_lora
+from minillm.lora import LoRAConfig, adapted, apply_lora, base_parameters, init_lora
 from minillm.losses import LOSSES, kto_loss
 from minillm.model.config import ModelConfig
 from minillm.model.init import init_weights
 from minillm.model.transformer import Transformer
-from minillm.preference import FallingChosen, Frozen, Kept, Preference, WithoutAdapters, cache_reference, cached
+from minillm.preference import (
+    FallingChosen,
+    Frozen,
+    Kept,
+    Preference,
+    WithoutAdapters,
+    cache_reference,
+    cached,
+    target_logprobs,
+)
+from minillm.tensors import local_part, narrowed, parameter_names
+from minillm.tokenizer import ByteTokenizer
 from minillm.trainer import TrainConfig, Trainer
 
 SHAPE = {"vocab_size": V, "dim": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64}
@@ -155,7 +172,7 @@ def test_a_held_out_set_is_evaluated_like_any_other():
 
 # --- the whole batch --------------------------------------------------------------------------------------------------
 
-CASES = [("dpo", 0.5), ("kto", 0.3), ("orpo", None)]
+CASES = [("dpo", 0.5, False), ("kto", 0.3, True), ("orpo", None, False)]  # the loss, sft_weight, whether adapters
 
 
 class Dealt:
@@ -174,23 +191,39 @@ class Dealt:
         return [type(rows)(*mine).rows(i * n, i * n + n) for i in range(self.accumulation)]
 
 
-def three_steps(name, sft_weight, layout, dist, accumulations):
+def begun(layout, dist, adapters):
+    """A policy in the middle of a run, and what it is compared with."""
+    with torch.device("meta"):
+        model = apply_lora(Transformer(ModelConfig(**SHAPE)), LoRAConfig(r=4 * adapters))
+
+    @torch.no_grad()
+    def init(model):
+        start = model_of(dtype=torch.float32)
+        for name, parameter in base_parameters(model).items():
+            part, offset = local_part(parameter)
+            part.copy_(1.5 * narrowed(start.get_parameter(name), offset, part.shape))  # so that answers differ
+        init_lora(model)
+
+    model = parallelize(model, dist=dist, layout=layout, init=init)
+    reference = WithoutAdapters(model) if adapters else Kept(model)
+    with torch.no_grad():
+        for name, parameter in parameter_names(model).items():
+            if name.endswith("lora_b"):
+                parameter.copy_(parameter - 0.05)  # as if it had been trained, so that there is a KL
+            elif parameter.requires_grad:
+                parameter.mul_(0.9)
+    return model, reference
+
+
+def three_steps(name, sft_weight, adapters, layout, dist, accumulations):
     """Figures and weights after three steps, for each number of micro-batches."""
     found = []
     for accumulation in accumulations:
-        with torch.device("meta"):
-            model = Transformer(ModelConfig(**SHAPE))
-        model = parallelize(model, dist=dist, layout=layout, init=init_weights)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(1.5)  # so that answers differ
-        reference = Kept(model) if LOSSES[name].reference else None
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(0.9)  # as if it had been trained, so that there is a KL
+        model, reference = begun(layout, dist, adapters)
+        reference = reference if LOSSES[name].reference else None
         trainer = Trainer(
             model,
-            torch.optim.SGD(model.parameters(), lr=0.3),
+            torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.3),
             Preference(name, reference, sft_weight=sft_weight),
             Dealt(name, dist, accumulation),
             TrainConfig(precision="fp32"),
@@ -229,7 +262,7 @@ def test_neither_micro_batches_nor_ranks_change_a_step(layout):
                     assert its_step == pytest.approx(step, rel=1e-4, abs=1e-6)
                 for name, weight in weights.items():
                     assert (its_weights[name] - weight).norm() / weight.norm() < 1e-5, name
-    assert expected[1][0][0]["kl"] > 0.01
+    assert max(step["kl"] for step in expected[1][0]) > 0.01
 
 
 # --- references -------------------------------------------------------------------------------------------------------
@@ -363,9 +396,9 @@ def prepared_in(directory, data="data"):
     return SimpleNamespace(**stores, directory=Path(directory), info={"hash": data})
 
 
-def cache(model, prepared, dist=ALONE, **changes):
+def cache(model, prepared, dist=ALONE, seq_len=32, **changes):
     made_from = {"weights": "w", "precision": "fp32"} | changes
-    return cache_reference(model, prepared, **made_from, seq_len=32, rows=2, dist=dist)
+    return cache_reference(model, prepared, **made_from, seq_len=seq_len, rows=2, dist=dist)
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo"])
@@ -375,6 +408,8 @@ def test_a_cached_reference_is_the_live_one(tmp_path, name):
     kept = Preference(name, cached, sft_weight=0.1)
     with pytest.raises(ValueError, match="no cached log-probabilities"):
         kept(model, prepared.train.batch(32))
+    with pytest.raises(ValueError, match="would cut preferences in two"):
+        cache(reference, prepared, seq_len=16)
     cache(reference, prepared)
     for batch in (prepared.train.batch(32), prepared.val.batch(32), prepared.train.alone()):
         expected, found = (gradients(model, objective(model, batch)[0]) for objective in (live, kept))
@@ -460,6 +495,29 @@ def test_what_is_damaged_or_not_what_its_name_says_is_computed_again(tmp_path, c
     caplog.clear()
     cache(None, prepared_in(tmp_path))
     assert not caplog.text
+
+
+def test_a_template_is_a_part_of_what_was_computed(tmp_path):
+    """Of pairs as they are prepared for training."""
+    tokenizer, model = (
+        ByteTokenizer(),
+        model_of(1, torch.float32, vocab_size=ByteTokenizer().vocab_size, max_seq_len=128),
+    )
+    rows = [{"prompt": f"what is {n}?", "chosen": f"{n} is {n}", "rejected": "a number"} for n in range(40)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    config = PreferencesConfig(path=[str(tmp_path / "pairs.json")], cache_dir=str(tmp_path / "cache"), seq_len=128)
+    paths = set()
+    for name in ("chatml", "zephyr"):
+        (source,) = open_preferences(config, PairsConfig(), TEMPLATES[name], tokenizer)
+        paths.add(cache(model, source.prepared, seq_len=128))
+        for store in (source.prepared.train, source.prepared.val):
+            for batch in eval_batches(store, 128, True, 2):
+                with torch.no_grad():
+                    expected = target_logprobs(model, batch)
+                torch.testing.assert_close(batch.reference, expected, rtol=1e-5, atol=1e-5)
+                assert batch.reference.any()
+        verify(source.prepared.directory)  # which does not mind what stands beside
+    assert len(paths) == 2
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------

@@ -55,12 +55,16 @@ def cache_reference(
         dist: each of the ranks computes its share; all see the folder of the data.
 
     Returns: the folder of what was computed. What stands there from another model, other data or another precision is
-    not used, and one that is damaged is not, either; both are said.
+    not used, and one that is damaged is not, either; both are said. Raises ValueError where a row is shorter than a
+    document.
     """
     made_from = {"weights": weights, "data": prepared.info["hash"], "precision": precision}
     name = hashlib.sha256(json.dumps([FORMAT, made_from]).encode()).hexdigest()[:16]
     path = prepared.directory / f"reference-{name}"
     stores = {store.split: store for store in (prepared.train, prepared.val) if store is not None}
+    longest = max(int(np.diff(store.document_offsets).max()) for store in stores.values()) - 1
+    if longest > seq_len:
+        raise ValueError(f"data.seq_len: {seq_len} would cut preferences in two, of which one has {longest} places")
     problem = dist.broadcast(what_is_wrong(path, made_from, stores) if dist.is_main else None)
     if problem:
         if dist.is_main:

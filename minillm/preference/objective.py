@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from minillm.data.batch import Batch
+from minillm.data.trees import CHOSEN, MISMATCHED, REJECTED
 from minillm.losses import IGNORE_INDEX, LOSSES
 from minillm.objectives import Metrics
 from minillm.preference.reference import Reference, looking, target_logprobs
 
-CHOSEN, REJECTED, MISMATCHED = 1, 2, 3  # the branches of a document; 0 is its prompt
-BRANCHES = 4
+BRANCHES = 4  # the prompt, 0, and these
 
 
 class Whole(NamedTuple):
