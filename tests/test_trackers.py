@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from minillm.log import LogConfig, RunLog, make_trackers, plot_curves, read_metrics, trackers
+from minillm.log.curves import PREFERENCES, plot_preferences
 
 ROWS = [
     {"step": step, "tokens": 8 * step, "loss": 4 / step, "z_loss": 0.5, "lr": 0.1, "tokens_per_second": 9.0}
@@ -213,3 +214,25 @@ def test_a_picture_of_nothing_or_of_zeros_is_drawn(tmp_path, rows):
     pytest.importorskip("matplotlib", reason="extra plot")
     plot_curves(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_preferences_are_drawn_with_what_is_held_out(tmp_path):
+    figures = pytest.importorskip("matplotlib.figure", reason="extra plot")
+    names = [name for _, keys in PREFERENCES for name in keys]
+    rows = [{"step": step, "loss": 1.0} | {name: step * k for k, name in enumerate(names)} for step in (1, 2, 3)]
+    rows[1] |= {"val_loss": 1.0, "val_margin": 0.5}
+    drawn = []
+    for title, keys in PREFERENCES:
+        axes = figures.Figure().add_subplot()
+        plot_preferences(axes, rows, title, keys)
+        drawn += [line.get_ydata().tolist() for line in axes.get_lines()]
+    expected = [[step * k for step in (1, 2, 3)] for k in range(len(names))]
+    assert drawn == [*expected[: names.index("margin") + 1], [0.5], *expected[names.index("margin") + 1 :]]
+    plot_curves(rows, tmp_path / "with.png")
+    plot_curves([{"step": row["step"], "loss": 1.0} for row in rows], tmp_path / "without.png")
+    assert size_of(tmp_path / "with.png") > size_of(tmp_path / "without.png")
+
+
+def size_of(picture):
+    return struct.unpack(">II", picture.read_bytes()[16:24])  # width and height of a PNG

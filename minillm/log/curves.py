@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,32 @@ PANELS = (
     ("grad_norm", "gradient norm", "log"),
     ("tokens_per_second", "tokens/s", "linear"),
 )
+REJECTED = "#c23b4b"
+PREFERENCES = (  # of runs that have them: a title, and keys, each with its color and how it is drawn
+    (
+        "log p: chosen, rejected (red)",  # dashed: the reference
+        {
+            "logprobs_chosen": (TRAIN, "-"),
+            "logprobs_rejected": (REJECTED, "-"),
+            "reference_logprobs_chosen": (TRAIN, "--"),
+            "reference_logprobs_rejected": (REJECTED, "--"),
+        },
+    ),
+    (
+        "rewards, margin (black)",
+        {"rewards_chosen": (TRAIN, "-"), "rewards_rejected": (REJECTED, "-"), "margin": (INK, "-")},
+    ),
+    ("share of pairs told apart", {"preference_accuracy": (TRAIN, "-")}),
+    ("KL to the reference", {"kl": (TRAIN, "-")}),
+)
 VAL = ("#e07b39", "#3c9d6e", "#a34fa3", "#c23b4b", "#8a6d3b", "#4aa3b8")
 
 
 def plot_curves(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
     """Draw the rows of a metrics.jsonl: the losses large, below them learning rate, gradient norm and speed.
+
+    Of preferences there is one more line of panels: log-probabilities, those of the reference dashed, rewards, accuracy
+    and KL; dots are of what is held out.
 
     Raises ValueError where matplotlib is missing. The file is whole or not there.
     """
@@ -60,11 +81,14 @@ def plot_curves(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
     except ImportError:
         raise ValueError(f"{path}: drawing needs the package matplotlib: pip install 'minillm[plot]'") from None
     rows = list(rows)
-    figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
-    grid = figure.add_gridspec(2, 3, height_ratios=(2, 1))
+    compares = any("logprobs_chosen" in row for row in rows)
+    figure = Figure(figsize=(14, 10) if compares else (10, 7), dpi=120, layout="constrained")
+    grid = figure.add_gridspec(2 + compares, 12, height_ratios=(2, 1, 1)[: 2 + compares])
     plot_losses(figure.add_subplot(grid[0, :]), rows)
+    for place, (title, keys) in enumerate(PREFERENCES if compares else ()):
+        plot_preferences(figure.add_subplot(grid[1, 3 * place : 3 * place + 3]), rows, title, keys)
     for place, (key, title, scale) in enumerate(PANELS):
-        axes, points = figure.add_subplot(grid[1, place]), points_of(rows, key)
+        axes, points = figure.add_subplot(grid[-1, 4 * place : 4 * place + 4]), points_of(rows, key)
         scale = scale if is_positive(points) else "linear"
         style(axes, title, scale)
         draw_line(axes, points)
@@ -91,6 +115,17 @@ def plot_losses(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, labelcolor=INK)
     axes.set_xlabel("step", color=INK, fontsize=9)
+
+
+def plot_preferences(axes: Any, rows: Sequence[dict[str, Any]], title: str, keys: Mapping[str, tuple]) -> None:
+    """Running means over the steps, and dots where pairs that are held out were evaluated."""
+    style(axes, title, "linear")
+    for key, (color, line) in keys.items():
+        if points := points_of(rows, key):
+            steps, values = zip(*points)
+            axes.plot(steps, running_mean(values, len(values) // 40), color=color, linestyle=line, linewidth=1.4)
+        if points := points_of(rows, f"val_{key}"):
+            axes.plot(*zip(*points), color=color, marker="o", markersize=4, linestyle="none")
 
 
 def style(axes: Any, title: str, scale: str) -> None:
