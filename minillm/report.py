@@ -12,6 +12,14 @@ from minillm.run import RunDirectory
 from minillm.tokenizer import Tokenizer
 
 WIDTH = 160  # characters of a question, and of an answer
+PREFERENCES = {  # what is summed up of pairs: in words, and as which number
+    "preference_accuracy": ("chosen over rejected, beside the reference", ".1%"),
+    "ranking_accuracy": ("chosen likelier than rejected", ".1%"),
+    "margin": ("margin between the rewards", ".3f"),
+    "kl": ("KL to the reference, nats a token", ".3f"),
+    "answer_length": ("characters of an answer", ".1f"),
+}
+WIDEST = max(len(words) for words, _ in PREFERENCES.values())
 HEADINGS = {"majority": "most common answer", "before": "before", "after": " after"}
 
 
@@ -51,6 +59,17 @@ def show_answers(
         print(f"  {'':{width}}  {'  '.join(headings)}")
         for name, values in rows.items():
             print(f"  {name:{width}}  " + "  ".join(f"{value:{len(h)}.1%}" for value, h in zip(values, headings)))
+
+
+def show_preferences(summary: Mapping[str, Any]) -> None:
+    """A table of what was found of held-out pairs, and of the answers to them, before and after."""
+    rows = [(words, summary[name], form) for name, (words, form) in PREFERENCES.items() if name in summary]
+    if rows:
+        print(f"\n  {'':{WIDEST}}   before    after")
+    for words, sides, form in rows:
+        print(f"  {words:{WIDEST}}  " + "  ".join(f"{format(sides[when], form):>7}" for when in ("before", "after")))
+    if "win_rate" in summary:
+        print(f"  the later answer is the better one: {summary['win_rate']:.1%}, ties being half")
 
 
 def answer_line(one: Answered) -> str:

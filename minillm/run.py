@@ -37,6 +37,9 @@ class RunDirectory:
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
+        self.before = (
+            self.path / "before.json"
+        )  # of a run that went on from a model: its evaluation before the first step
         self.checkpoints = self.path / "checkpoints"
 
     @property

@@ -130,6 +130,7 @@ def test_metrics_are_means_over_pairs_of_what_answers_give_one_by_one():
         "rewards_rejected": 0.2 * (mean["ours", 2] - mean["theirs", 2]),
         "margin": sum(margins) / len(margins),
         "preference_accuracy": sum(margin > 0 for margin in margins) / len(margins),
+        "ranking_accuracy": sum(float(one[1].sum() > one[2].sum()) for one in ours) / len(ours),
         "length_chosen": sum(len(answers[1]) for _, answers in documents) / len(documents),
         "length_rejected": sum(len(answers[2]) for _, answers in documents) / len(documents),
         "kl": float((tokens**2 / 2).mean()),

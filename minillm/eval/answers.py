@@ -13,9 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
 from torch import nn
 
 from minillm.data.store import TokenStore
+from minillm.data.trees import CHOSEN
 from minillm.generate.engine import generate
 from minillm.generate.params import SamplingParams
 from minillm.tokenizer import Tokenizer
@@ -42,16 +44,20 @@ class Answered(NamedTuple):
 
 
 def last_answers(store: TokenStore, count: int, tokenizer: Tokenizer) -> list[Asked]:
-    """So many conversations of a store, evenly spaced, each cut before the last stretch that is learned of it."""
+    """So many conversations of a store, evenly spaced, each cut before the last stretch that is learned of it.
+
+    Of preferences it is the chosen answer, which stands next to the prompt; where there is none, nothing is asked.
+    """
     count = min(count, store.n_documents)
     found = []
     for number in (i * store.n_documents // count for i in range(count)):
         begin, end = store.document_offsets[number : number + 2].tolist()
-        learned = store.trained(begin, end)
-        stop = len(learned)
-        while not learned[stop - 1]:
-            stop -= 1
-        start = stop
+        learned, branches = store.trained(begin, end), store.branches(begin, end)
+        places = np.flatnonzero(learned if branches is None else learned & (branches == CHOSEN))
+        if not len(places):
+            continue
+        stop = int(places[-1]) + 1
+        start = stop - 1
         while learned[start - 1]:  # what comes first is never learned
             start -= 1
         tokens = store.tokens(begin, end).tolist()
@@ -111,6 +117,17 @@ def rouge_l(answered: Sequence[Answered]) -> float:
     pairs = [(words(one.answer), words(one.expected)) for one in answered]
     found = [rouge.get_scores(*pair)[0]["rouge-l"]["f"] if all(pair) else 0.0 for pair in pairs]
     return sum(found) / len(found)
+
+
+def win_rate(before: Sequence[Answered], after: Sequence[Answered], metric: str) -> float:
+    """How often the later answer to a question is nearer to what was expected, a tie being half a win."""
+    scores = [[METRICS[metric]([one]) for one in side] for side in (before, after)]
+    return sum((later > earlier) + (later == earlier) / 2 for earlier, later in zip(*scores)) / len(after)
+
+
+def mean_length(answered: Sequence[Answered]) -> float:
+    """Characters of an answer, on average."""
+    return sum(len(one.answer.strip()) for one in answered) / len(answered)
 
 
 METRICS: dict[str, Callable[[Sequence[Answered]], float]] = {

@@ -151,7 +151,8 @@ def taught_template(folder: Path) -> str | None:
             logger.warning("%s: its chat template is none that is known; --template names the nearest", folder)
         return name
     state, _ = checkpoint.read(folder)
-    return ((state.get("config") or {}).get("sft") or {}).get("template")
+    config = state.get("config") or {}
+    return (config.get("dpo") or config.get("sft") or {}).get("template")
 
 
 def default_params(path: str | Path) -> SamplingParams:

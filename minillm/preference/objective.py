@@ -44,8 +44,9 @@ class Preference:
         vocab_size, chunk_tokens: as in `chunked_losses`.
 
     Metrics: means over pairs of the log-probabilities of both answers under both models, of their rewards, the margin
-    between those, the share of pairs in which the chosen one has the greater (a tie counts as half), and their lengths
-    in tokens. `kl`: a token, how far the policy has moved from the reference on these answers (see `divergence`), or of
+    between those, and their lengths in tokens; the share of pairs in which the chosen one has the greater reward
+    (`preference_accuracy`), and in which it is the likelier to the policy alone (`ranking_accuracy`), a tie being
+    half. `kl`: a token, how far the policy has moved from the reference on these answers (see `divergence`), or of
     KTO its KL.
     """
 
@@ -159,6 +160,9 @@ class Preference:
             right = (1 + margin.sign()) / 2  # a tie, as all are before the first step, is a guess
             metrics["margin"] = (margin.where(present, 0).sum(), present.sum())
             metrics["preference_accuracy"] = (right.where(present, 0).sum(), present.sum())
+            sums = ours / length.clamp(min=1) if self.loss.mean else ours
+            likelier = (1 + (sums[:, CHOSEN] - sums[:, REJECTED]).sign()) / 2
+            metrics["ranking_accuracy"] = (likelier.where(present, 0).sum(), present.sum())
         return metrics
 
     def alone(self, model: nn.Module, batch: Batch) -> Whole:

@@ -79,12 +79,20 @@ def starting_point(config: RunConfig, run: RunDirectory, dist: Context = checkpo
 
 
 def begin(
-    trainer: Trainer, run: RunDirectory, tokenizer: Tokenizer, checkpoint_path: Path | None, model_path: str | None
+    trainer: Trainer,
+    run: RunDirectory,
+    tokenizer: Tokenizer,
+    checkpoint_path: Path | None,
+    model_path: str | None,
+    at_first: Callable[[Trainer], None] | None = None,
 ) -> bool:
-    """Give the trainer what it goes on from, and write down what the run is; False where the run is over already."""
+    """Give the trainer what it goes on from, and write down what the run is; False where the run is over already.
+
+    `at_first` is called when the model has the weights that the run began with, also where it goes on.
+    """
     dist = trainer.dist
-    if model_path and (trainer.base_path or not checkpoint_path):
-        start_from(model_path, trainer, evaluated=not checkpoint_path)
+    if model_path and (trainer.base_path or at_first or not checkpoint_path):
+        start_from(model_path, trainer, run, at_first, evaluated=not checkpoint_path)
     if checkpoint_path:
         trainer.resume(checkpoint_path, hashed=True)
         LOGGER.info("resumed from %s", checkpoint_path)
@@ -98,11 +106,18 @@ def begin(
     return True
 
 
-def start_from(path: str, trainer: Trainer, evaluated: bool) -> None:
+def start_from(
+    path: str, trainer: Trainer, run: RunDirectory, at_first: Callable[[Trainer], None] | None, evaluated: bool
+) -> None:
     """Give the model the weights of an earlier one, and, if asked for, say how well it does on this text with them."""
     trainer.dist.at("reading the weights", checkpoint.PATIENCE)
     folder, said = load_base(path, unwrapped(trainer.model), trainer.seed, trainer.saver.dist), ""
+    if at_first:
+        at_first(trainer)
     if trainer.evaluate and evaluated:
         with trainer.autocast():
-            said = f": val loss {trainer.evaluate(trainer.raise_if_stopped)['val_loss']:.4f} before the first step"
+            figures = trainer.evaluate(trainer.raise_if_stopped)
+        said = f": val loss {figures['val_loss']:.4f} before the first step"
+        if trainer.dist.is_main:
+            run.write_json(run.before, figures)
     LOGGER.info("weights from %s%s", folder, said)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -133,7 +134,9 @@ def base_of(config: TuningConfig) -> tuple[str | None, dict[str, Any]]:
 # --- what it learns from ----------------------------------------------------------------------------------------------
 
 
-def fitting_tuning(given: list[Layer], without_data: Path) -> list[Layer]:
+def fitting_tuning(
+    given: list[Layer], without_data: Path, recommend: Callable[[int, bool], dict[str, Any]] = recommend_tuning
+) -> list[Layer]:
     """The layer of what suits the model that is tuned; that of the file where no path is given.
 
     How much a step is, where nobody says, is left to the tokens, which are not counted yet.
@@ -142,7 +145,7 @@ def fitting_tuning(given: list[Layer], without_data: Path) -> list[Layer]:
         chosen = dict(file_layer(without_data).values)
     else:
         dim, lora = as_count(lookup(given, "model.dim")) or 1024, str(lookup(given, "lora.r", 0)) != "0"
-        chosen = recommend_tuning(dim, lora)
+        chosen = recommend(dim, lora)
     limits = (as_count(lookup(given, name)) or math.inf for name in ("model.max_seq_len", "train.batch_tokens"))
     seq_len = as_count(lookup(given, "data.seq_len")) or min(chosen["data.seq_len"], *limits)
     chosen["data.seq_len"] = seq_len

@@ -1,8 +1,8 @@
 """Pairs of answers to a question: one that is right, and one that a model gives instead.
 
 A model that was only ever asked what can be known always has an answer. Half of these questions nobody can answer: they
-are about a stranger, or ask of a story about somebody or something that does not occur in it. Chosen is to say so,
-rejected to invent. In the other half what is right is chosen over another answer, or over saying that nobody knows.
+are about a stranger, or ask of a story about somebody or something that does not occur in it. Chosen is to say so, and
+in the other half what is right; rejected is an answer to another question.
 """
 
 import re
@@ -52,10 +52,9 @@ def pairs(seed: int, n: int, split: Split = "train", family: str | None = None) 
     for i in range(n):
         if family == UNKNOWN or (family is None and i % 2):
             asked = about_stranger(dice, split) if dice.chance(0.3) else about_nothing(dice, split)
-            yield Pair(asked, invented(dice, asked))
         else:
             asked = next(known)
-            yield Pair(asked, NOBODY_KNOWS if dice.chance(0.5) else invented(dice, asked))
+        yield Pair(asked, invented(dice, asked))
 
 
 def about_stranger(dice: Dice, split: Split) -> Question:
