@@ -4,12 +4,12 @@ import itertools
 import sys
 from collections.abc import Sequence
 
-from minillm.cli import chat, data, eval, machine, model, tokenizer
+from minillm.cli import chat, data, eval, machine, model, pairs, tokenizer
 from minillm.config import ConfigError, Layer, arguments, build, help_text
 from minillm.log import run_command
 from minillm.recipe import read_layers
 
-VERBS = tokenizer.VERBS | data.VERBS | model.VERBS | eval.VERBS | chat.VERBS | machine.VERBS
+VERBS = tokenizer.VERBS | data.VERBS | pairs.VERBS | model.VERBS | eval.VERBS | chat.VERBS | machine.VERBS
 
 
 def usage() -> str:
