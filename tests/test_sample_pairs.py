@@ -34,7 +34,7 @@ HI, HO = Message("user", "hi"), Message("assistant", "ho")
 SAID = {*TOKENIZER.encode("abcd"), TOKENIZER.eos_id}
 BIAS = {token: -100.0 for token in range(272) if token not in SAID}  # a few letters, and then an end
 PARAMS = SamplingParams(n=3, seed=1, max_new_tokens=12, logit_bias=BIAS)
-ROWS = [{"question": f"{'what ' * (i % 5)}{i}?", "answer": f"{'abc'[i % 3]}" * (1 + i % 4)} for i in range(9)]
+ROWS = [{"question": f"{'what ' * (i % 5)}{i}?", "answer": " " + "abc"[i % 3] * (1 + i % 4)} for i in range(9)]
 
 
 def make_model(seed=0, max_seq_len=96):
@@ -122,9 +122,12 @@ def test_a_row_of_any_format_asks_something_and_may_give_an_answer(row, prompt, 
         ({"prompt": None}, 'field "prompt" is null; text is expected'),
         ({"messages": [say("system", "s")]}, "the last message is of system; one of the user, to be answered"),
         ({"messages": []}, "the last message is of nobody"),
+        ({"prompt": "hi", "system": "s"}, "the template gemma has no place for a system message"),
     ],
 )
 def test_a_row_that_asks_nothing_is_named_or_left_out(files, alice, row, message):
+    if "template" in message:
+        alice = alice._replace(template=TEMPLATES["gemma"])
     write("bad.jsonl", [ROWS[0], row])
     bad = PromptFiles(["rows.jsonl", "bad.jsonl"])
     fails(f"bad.jsonl:2: {message}", alice, bad)
@@ -183,7 +186,8 @@ def test_the_given_answer_is_chosen_and_the_least_similar_of_the_models_is_rejec
         seed = make_key(PARAMS.seed, number) & GREATEST_SEED
         params = replace(PARAMS, seed=seed)
         answers = [one.text for one in generate(alice.model, TOKENIZER, row["question"], params) if one.text]
-        shares = [plain_distance(row["answer"], one) / max(len(row["answer"]), len(one)) for one in answers]
+        given = row["answer"].strip()
+        shares = [plain_distance(given, one) / max(len(given), len(one)) for one in answers]
         if answers and max(shares) > 0:
             expected[row["question"]] = (row["answer"], answers[shares.index(max(shares))])
     assert {prompt: (row["chosen"], row["rejected"]) for prompt, row in written.items()} == expected
@@ -235,7 +239,7 @@ def longest(prompt, answer, row):
     return len(answer)
 
 def broken(prompt, answer, row):
-    return 1 / (row["answer"] != "bb")
+    return 1 / (row["answer"] != " bb")
 
 def endless(prompt, answer, row):
     return float("inf")
@@ -276,10 +280,12 @@ def scored(*answers):
 @pytest.mark.parametrize(
     ("answers", "outcome"),
     [
-        (scored(("a", 1, True), ("b", 2, True), ("c", 0, True)), ("b", "a" and "c")),
+        (scored(("a", 1, True), ("b", 2, True), ("c", 0, True)), ("b", "c")),
         (scored(("a", 1, True), ("b", 2, False), ("c", 0, False)), ("a", "c")),
         (scored(("a", 1, True)), "few"),
         (scored(), "few"),
+        (scored(("a", 1, True), (" a\n", 0, False)), "few"),
+        (scored((" a", 1, True), ("b ", 0, True)), (" a", "b ")),
         (scored(("a", 1, False), ("b", 2, False)), "cut"),
         (scored(("a", 1, True), ("b", 1, True)), "tied"),
         (scored(("a", 0, True), ("b", 1, False)), "tied"),

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minillm.data.chat_templates import FOLLOWS, Message
+from minillm.data.chat import check_places
+from minillm.data.chat_templates import FOLLOWS, ChatTemplate, Message
 from minillm.data.conversations import (
     CONVERSATIONS,
     Formats,
@@ -59,6 +60,7 @@ class PromptFiles(NamedTuple):
     max_samples: int | None = None
     skip_bad: bool = False
     answered: bool = False  # a row without an answer is a bad one
+    template: ChatTemplate | None = None  # and so is one that this has no place for
 
     def rows(self, bad: list[str] | None = None) -> Iterator[PromptRow]:
         """The prompts, in order; what is wrong with rows that are skipped joins `bad`.
@@ -75,6 +77,8 @@ class PromptFiles(NamedTuple):
                 source = f"{file}:{line}"
                 try:
                     prompt_row = read_prompt(row, layout, source)
+                    if self.template is not None:
+                        check_places(self.template, prompt_row.prompt)
                     if self.answered and prompt_row.answer is None:
                         raise ValueError("there is no answer in text to compare others with")
                 except ValueError as error:

@@ -84,7 +84,7 @@ def sample_pairs(
     check_free(out)
     if params.n < score.least:
         raise ValueError(f"n: {params.n} answers to a prompt make no pair; this score compares {score.least} or more")
-    prompts = prompts._replace(answered=score.answered)
+    prompts = prompts._replace(answered=score.answered, template=respondent.template)
     total = longest = 0
     for _, request in requests(respondent, prompts, params, bad):  # all of it once, so that bad rows are named now
         total += 1
@@ -143,10 +143,7 @@ def requests(
     for number, row in enumerate(prompts.rows(bad)):
         if number < skip:
             continue
-        try:
-            tokens, stops = respondent.ask(row.prompt)
-        except ValueError as error:  # the template has no place for what is asked
-            raise ValueError(f"{row.source}: {error}") from None
+        tokens, stops = respondent.ask(row.prompt)
         request = None
         if len(tokens) + (params.max_new_tokens or 1) <= model.config.max_seq_len:
             seed = None if params.seed is None else make_key(params.seed, number) & GREATEST_SEED
@@ -184,15 +181,15 @@ def outcome(row: PromptRow, request: Request | None, score: Score, margin: float
         return Outcome(None, "long")
     different: dict[str, Answer] = {}
     for one in request.completions:
-        answer = Answer(one.text.strip(), one.finish_reason == "stop", one.cumulative_logprob / len(one.tokens))
-        if answer.text and "\0" not in answer.text:  # which no file of text may hold
-            different.setdefault(answer.text, answer)
+        answer = Answer(one.text, one.finish_reason == "stop", one.cumulative_logprob / len(one.tokens))
+        if one.text.strip() and "\0" not in one.text:  # which no file of text may hold
+            different.setdefault(one.text.strip(), answer)
     return pair_of(row, score.scorer(row, list(different.values())), margin)
 
 
 def pair_of(row: PromptRow, answers: Sequence[Scored], margin: float = 0.0) -> Outcome:
-    """The best answer and the worst as a pair."""
-    if len({one.text for one in answers}) < 2:
+    """The best answer and the worst as a pair; white space around them makes no difference."""
+    if len({one.text.strip() for one in answers}) < 2:
         return Outcome(None, "few")
     good = [one for one in answers if one.may_be_chosen]
     if not good:

@@ -37,7 +37,7 @@ class Respondent(NamedTuple):
 class Answer(NamedTuple):
     """What a model said."""
 
-    text: str  # without white space around it
+    text: str
     finished: bool  # it has come to an end
     logprob: float  # of its tokens, the mean
 
@@ -76,8 +76,9 @@ def find_score(name: str, reward: Respondent | None = None) -> Score:
 
 def against_given(row: PromptRow, answers: Sequence[Answer]) -> list[Scored]:
     """The given answer, 1, and how similar the others are to it: they are never chosen."""
-    given = row.answer.strip()
-    return [Scored(given, 1.0, True), *(Scored(one.text, similarity(given, one.text), False) for one in answers)]
+    given = row.answer
+    found = [similarity(given.strip(), one.text.strip()) for one in answers]
+    return [Scored(given, 1.0, True), *(Scored(one.text, score, False) for one, score in zip(answers, found))]
 
 
 def similarity(a: str, b: str) -> float:
