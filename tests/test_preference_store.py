@@ -418,12 +418,14 @@ def test_prepared_folders_that_do_not_suit_are_refused(tmp_path):
     assert prepared(tmp_path, [], path=folder, seq_len=128).train.n_documents == 2
     with pytest.raises(ValueError, match=r"prepared for rows of 128, which data\.seq_len 64 would cut"):
         prepared(tmp_path, [], path=folder, seq_len=64)
-    with pytest.raises(ValueError, match="prepared as pairs, not labels"):
+    with pytest.raises(ValueError, match="prepared with answers pairs, and labels is wanted"):
         prepared(tmp_path, [], "labels", path=folder)
+    with pytest.raises(ValueError, match="prepared with template chatml, and plain is wanted"):
+        prepared(tmp_path, [], path=folder, template=TEMPLATES["plain"])
     config = ConversationsConfig(path=write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}]), seq_len=64,
                                  val="0", workers=1, cache_dir=str(tmp_path / "cache"))  # fmt: skip
     [source] = open_conversations(config, TurnsConfig(), CHATML, TOKENIZER)
-    with pytest.raises(ValueError, match="prepared of other text"):
+    with pytest.raises(ValueError, match="what was prepared there are no preferences"):
         prepared(tmp_path, [], path=str(source.prepared.directory))
 
 
@@ -441,9 +443,9 @@ def test_a_cached_reference_is_read_beside_the_tokens(tmp_path):
 @pytest.mark.parametrize(("name", "answers"), [("dpo_en", "pairs"), ("dpo_zh", "pairs"), ("kto_en", "labels")])
 def test_rows_of_real_preferences_are_more_than_93_percent_full(real_data, tmp_path, name, answers):
     tokenizer, path = load_tokenizer(real_data / "hf_tokenizer"), str(real_data / f"{name}.json")
-    ready = prepared(tmp_path, [], answers, TEMPLATES["qwen"], tokenizer, path=path, seq_len=1024, max_samples=150)
+    ready = prepared(tmp_path, [], answers, TEMPLATES["qwen"], tokenizer, path=path, seq_len=1024, max_samples=80)
     assert plan_of(ready.train, 1024).fill(1024) > 0.93
-    assert ready.train.n_documents == 150
+    assert ready.train.n_documents == 80
     assert (np.diff(ready.train.document_offsets) <= 1025).all()
 
 

@@ -35,9 +35,7 @@ def open_preferences(
     A loss compares `pairs`, or takes answers one by one by their `labels`; a pair is then two of these.
     Raises ValueError naming file and row for what cannot be learned from.
     """
-    return open_sources(
-        data, tokenizer, partial(prepare_preferences, kind=preferences(pairs, template, answers), answers=answers)
-    )
+    return open_sources(data, tokenizer, partial(prepare_preferences, kind=preferences(pairs, template, answers)))
 
 
 def answers_in(file: str | Path, columns: Mapping[str, str]) -> Answers | None:
@@ -54,19 +52,21 @@ def answers_in(file: str | Path, columns: Mapping[str, str]) -> Answers | None:
     return "labels" if "label" in columns else None
 
 
-def prepare_preferences(config: PreferencesConfig, tokenizer: Tokenizer, *, kind: Kind, answers: Answers) -> Prepared:
+def prepare_preferences(config: PreferencesConfig, tokenizer: Tokenizer, *, kind: Kind) -> Prepared:
     """The trees of `config.path`; a path that is prepared already has to suit the run."""
     prepared = prepare_records(config, tokenizer, kind=kind)
     settings = prepared.info["settings"]
     if kind.name not in prepared.info:
-        raise ValueError(f"{prepared.directory}: prepared of other text; of preferences it is needed")
+        raise ValueError(f"{prepared.directory}: what was prepared there are no preferences")
     if settings["seq_len"] > (config.seq_len or settings["seq_len"]):
         raise ValueError(
             f"{prepared.directory}: prepared for rows of {settings['seq_len']}, which data.seq_len {config.seq_len} "
             "would cut in the middle of a pair; prepare the files again"
         )
-    if settings["answers"] != answers:
-        raise ValueError(f"{prepared.directory}: prepared as {settings['answers']}, not {answers}; give the files")
+    for name in ("template", "answers"):
+        if settings[name] != kind.settings[name]:
+            other = f"prepared with {name} {settings[name]}, and {kind.settings[name]} is wanted"
+            raise ValueError(f"{prepared.directory}: {other}; prepare the files again")
     return prepared
 
 
