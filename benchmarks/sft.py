@@ -117,7 +117,7 @@ def ours(start: Start, lesson: Lesson) -> Iterator[tuple[Trainer, TokenStore]]:
             "run.device": "cpu",
         }
         argv = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-        config = read_config(TuningConfig, argv, partial(fitting_conversations, without_data=None))
+        config = read_config(FineTuningConfig, argv, partial(fitting_tuning, without_data=None))
         with opened(config) as (dist, run):
             tokenizer, sources = open_text(config, dist, partial(open_chats, config))
             config = with_template(config, tokenizer)
