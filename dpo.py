@@ -29,7 +29,7 @@ from minillm.recipe.dpo import (
     sum_up_preferences,
     with_reference,
 )
-from minillm.recipe.tuning import adapt, fitting_tuning, with_template
+from minillm.recipe.tuning import adapt, as_trained, fitting_tuning, with_template
 from minillm.report import show_answers, show_figures, show_preferences, show_stop
 from minillm.run import RunDirectory
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         tokenizer, sources = open_text(config, dist, partial(open_pairs, config))
         config = with_template(config, tokenizer)
         dist.at("building the model")
-        settled = with_reference(settle(config, tokenizer, sources, dist))
+        settled = with_reference(settle(config, tokenizer, sources, dist, partial(as_trained, config=config)))
         model = build_model(settled, partial(adapt, config=config))
         objective = preference_objective(settled)
         base_path, must_agree = preferred_over(config)

@@ -18,7 +18,7 @@ from minillm.log import make_trackers, run_command
 from minillm.recipe import begin, build_model, make_trainer, open_text, opened, read_config, settle, starting_point
 from minillm.recipe.answering import answer_held_out, answer_some, read_answers, sum_up, unanswered
 from minillm.recipe.sft import FineTuningConfig, answers_objective, open_chats
-from minillm.recipe.tuning import adapt, base_of, fitting_tuning, with_template
+from minillm.recipe.tuning import adapt, as_trained, base_of, fitting_tuning, with_template
 from minillm.report import show_answers, show_figures, show_stop
 from minillm.run import RunDirectory
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         tokenizer, sources = open_text(config, dist, partial(open_chats, config))
         config = with_template(config, tokenizer)
         dist.at("building the model")
-        settled = settle(config, tokenizer, sources, dist)
+        settled = settle(config, tokenizer, sources, dist, partial(as_trained, config=config))
         model = build_model(settled, partial(adapt, config=config))
         objective = answers_objective(config, settled.shape.vocab_size)
         base_path, must_agree = base_of(config)

@@ -93,7 +93,9 @@ class FrozenProduct(torch.autograd.Function):
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, None, None, None]:
+        if not ctx.needs_input_grad[0]:  # nothing below is trained
+            return None, None, None, None
         (weight,) = ctx.saved_tensors
         return (g @ weight.to(g.dtype)).to(ctx.dtype), None, None, None
 

@@ -15,20 +15,25 @@ The activations are counted from what each operation keeps for its backward pass
 
 Only the residual stream is fp32 under autocast; the rest is half as large, but each projection keeps its own copy.
 
+Frozen weights have neither gradients nor moments, and blocks below all that is trained keep no activations. An adapter
+keeps r numbers more, its inputs once more under dropout, and the layer's output under DoRA.
+
 Shapes: D dim, F ffn_dim, H heads, K key/value heads, d head_dim, T length, V vocab.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from minillm.distributed.config import Layout
 from minillm.distributed.parallelize import ONE
+from minillm.lora import adapted
 from minillm.losses.heads import default_chunk_tokens
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -37,6 +42,7 @@ from minillm.optim import OptimConfig, build_optimizer, optimizer_tensors
 Checkpointing = Literal["none", "selective", "full"]
 FP32 = 4  # bytes
 GIB = 2**30
+Adapt = Callable[[Transformer], object]
 SECOND = ("o_proj", "down_proj")  # of the pairs of matrices that tensor parallelism cuts
 
 
@@ -51,6 +57,7 @@ class Setting:
     accumulates: bool = False  # whether a step has more than one micro-batch
     device_type: str = "cpu"
     reshard_after_forward: bool = True
+    adapt: Adapt | None = None  # freezes weights of a model and adds adapters; None: all is trained
 
 
 @dataclass(frozen=True)
@@ -75,19 +82,20 @@ def estimate(config: ModelConfig, optim: OptimConfig, setting: Setting, layout: 
     """The memory of a training step by part, the device's own libraries left out."""
     mode, tokens, number = setting.activation_checkpointing, setting.rows * setting.seq_len, number_bytes(setting)
     sharded, bucketed = layout.strategy != "ddp", layout.strategy == "ddp" and layout.dp_replicate > 1
-    held, tied = held_parameters(config, layout), config.tie_embeddings
-    weights = gradients = FP32 * held.own
-    moments = moment_bytes(config, optim.name, optim.momentum, layout)
+    held, tied = held_parameters(config, layout, setting.adapt), config.tie_embeddings
+    weights, gradients = held.bytes, FP32 * held.trained
+    moments = moment_bytes(config, optim.name, optim.momentum, layout, setting.adapt)
 
     attention, rest = block_bytes(config, setting, layout.tp)
+    adapters = adapter_bytes(config, setting)
     stream = FP32 * config.dim // layout.tp  # tensor parallelism cuts it along the sequence
     kept = {"none": attention + rest, "selective": stream + rest, "full": stream}[mode]
     again = {"none": 0, "selective": attention, "full": attention + rest}[mode]
     # backward through a block: what is computed again, and gradients of the MLP's inner vectors and of the stream
     working = tokens * (again + number * (2 * config.ffn_dim // layout.tp + 2 * config.dim))
-    activations = tokens * config.n_layers * kept
+    activations = tokens * (held.reached * kept + {"none": adapters, "selective": adapters, "full": 0}[mode])
 
-    table = FP32 * held.table  # the loss makes its gradients, of the head's weight and of rows, at once
+    table = FP32 * held.trained_table  # the loss makes its gradients, of the head's weight and of rows, at once
     rows = FP32 * config.dim * tokens
     chunk_tokens = default_chunk_tokens(tokens, config.vocab_size, torch.device(setting.device_type))
     logits = chunk_tokens * (config.vocab_size // layout.tp) * (FP32 if number == FP32 else FP32 + number)
@@ -95,23 +103,25 @@ def estimate(config: ModelConfig, optim: OptimConfig, setting: Setting, layout: 
     # autocast makes a copy of each matrix, which is kept until the backward pass has used it; FSDP2 gathers blocks as
     # such copies, and the root's tables, in fp32, for the whole step
     copies = 0 if number == FP32 else number * (held.table if sharded else held.matmul)
-    root = FP32 * held.root if sharded else 0
+    root, root_gradient = (FP32 * held.root, FP32 * held.trained_root) if sharded else (0, 0)
     kept_blocks = number * held.blocks if sharded and not setting.reshard_after_forward else 0
-    # of a block in backward: its weights, those of the next, which come early, and its gradients
-    passing = number * (3 if setting.reshard_after_forward else 1) * held.block if sharded else 0
-    block_sent = FP32 * held.block if sharded else 0  # the buffer that gradients of the one before are sent from
+    # of a block in backward: its weights, those of the next, which come early, and its gradients; where those are few,
+    # the weights of the one before, which go late
+    passing = number * (3 * held.block if setting.reshard_after_forward else held.trained_block) if sharded else 0
+    block_sent = FP32 * held.trained_block if sharded else 0  # what gradients of the one before are sent from
 
     # gradients of earlier micro-batches; DDP's buckets are there from the start, beside them, and FSDP2 keeps the
     # buffer that it sent the root's from
-    earlier = gradients * (bucketed + setting.accumulates) + root * setting.accumulates
+    earlier = gradients * (bucketed + setting.accumulates) + root_gradient * setting.accumulates
 
     final_norm = tokens * (stream + FP32 * config.dim)  # its input and its output
     until_backward = copies + root + kept_blocks + activations + table + rows + earlier
     if sharded:
         # a block's gradients are sent when it is through, the root's last, from a buffer that a CPU fills from another
-        done = gradients if setting.accumulates else FP32 * (held.blocks - held.block) // layout.dp_shard
-        sent = 2 * root + table if setting.device_type == "cpu" else root + (1 if tied else 2) * table
-        sent += root // layout.dp_shard  # and what is received
+        blocks_done = held.trained_blocks - held.trained_block
+        done = gradients if setting.accumulates else FP32 * blocks_done // layout.dp_shard
+        sent = 2 * root_gradient + table if setting.device_type == "cpu" else root_gradient + (1 if tied else 2) * table
+        sent += root_gradient // layout.dp_shard  # and what is received
         at_the_end = done + max(
             root + working + passing + block_sent + table, rows + root + (3 if tied else 2) * table, rows + sent
         )
@@ -144,41 +154,90 @@ class Held:
     """Numbers of parameters on the fullest rank, which is the first: shards are cut from the front."""
 
     own: int  # its part of all, each once
+    bytes: int  # of these
     root: int  # embed, norm and lm_head, gathered over dp_shard
     blocks: int  # all blocks, gathered
     block: int  # the largest of them
-    matmul: int  # in linear layers, gathered
+    matmul: int  # in linear layers that keep copies of them, gathered
     table: int  # lm_head, gathered
+    trained: int  # of own; and of the others
+    trained_root: int
+    trained_blocks: int
+    trained_block: int
+    trained_table: int
+    reached: int  # blocks through which the gradient passes
+
+
+class Parameter(NamedTuple):
+    """What a parameter is, of a model without memory."""
+
+    name: str
+    shape: tuple[int, ...]
+    bytes: int  # of a number
+    linear: bool  # whether it is a matrix that autocast copies for the backward pass
+    trained: bool
 
 
 @lru_cache(maxsize=64)
-def held_parameters(config: ModelConfig, layout: Layout = ONE) -> Held:
+def held_parameters(config: ModelConfig, layout: Layout = ONE, adapt: Adapt | None = None) -> Held:
     """Counted over the shapes of all parameters."""
     shards = layout.dp_shard if layout.strategy != "ddp" else 1
-    own, blocks, root, matmul, table = 0, [0] * config.n_layers, 0, 0, 0
-    for name, shape, linear in parameter_shapes(config):
-        first, *others = tensor_parallel_shape(name, shape, layout.tp)
+    parameters = parameters_of(config, adapt)
+    places = ["root", *(f"block {number}" for number in range(config.n_layers))]
+    gathered, trained = Counter(dict.fromkeys(places, 0)), Counter(dict.fromkeys(places, 0))
+    own, size, own_trained, matmul, table, trained_table = 0, 0, 0, 0, 0, 0
+    for parameter in parameters:
+        first, *others = tensor_parallel_shape(parameter.name, parameter.shape, layout.tp)
         part = ceil(first / shards) * prod(others)
         whole = part * shards  # padded, so that all parts are equal
-        own += part
-        if name.startswith("blocks."):
-            blocks[int(name.split(".")[1])] += whole
-        else:
-            root += whole
-        if linear:
+        own, size, own_trained = own + part, size + parameter.bytes * part, own_trained + part * parameter.trained
+        place = f"block {parameter.name.split('.')[1]}" if parameter.name.startswith("blocks.") else "root"
+        gathered[place] += whole
+        trained[place] += whole * parameter.trained
+        if parameter.linear:
             matmul += whole
-        if len(shape) == 2 and name in ("lm_head.weight", "embed.weight"):
-            table = whole
-    return Held(own, root, sum(blocks), max(blocks), matmul, table)
+        if parameter.name in ("lm_head.weight", "embed.weight"):
+            table, trained_table = whole, whole * parameter.trained
+    blocks = places[1:]
+    embeds = any(parameter.trained for parameter in parameters if parameter.name.split(".")[0].endswith("embed"))
+    below = 0 if embeds else next((i for i, block in enumerate(blocks) if trained[block]), len(blocks))
+    return Held(
+        own=own,
+        bytes=size,
+        root=gathered["root"],
+        blocks=sum(gathered[block] for block in blocks),
+        block=max(gathered[block] for block in blocks),
+        matmul=matmul,
+        table=table,
+        trained=own_trained,
+        trained_root=trained["root"],
+        trained_blocks=sum(trained[block] for block in blocks),
+        trained_block=max(trained[block] for block in blocks),
+        trained_table=trained_table,
+        reached=len(blocks) - below,
+    )
+
+
+def on_meta(config: ModelConfig, adapt: Adapt | None = None) -> Transformer:
+    """The model as it is trained, without memory."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    if adapt is not None:
+        adapt(model)
+    return model
 
 
 @lru_cache(maxsize=8)
-def parameter_shapes(config: ModelConfig) -> list[tuple[str, tuple[int, ...], bool]]:
-    """(name, shape, whether a linear layer has it) of each parameter; tied ones once, by their first name."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
-    return [(name, tuple(p.shape), id(p) in linear) for name, p in model.named_parameters()]
+def parameters_of(config: ModelConfig, adapt: Adapt | None = None) -> list[Parameter]:
+    """Each parameter; tied ones once, by their first name."""
+    model = on_meta(config, adapt)
+    copied = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    for layer in adapted(model).values():  # of its frozen weight it keeps no copy
+        copied |= {id(layer.lora_a), id(layer.lora_b)}
+    return [
+        Parameter(name, tuple(p.shape), p.element_size(), id(p) in copied, p.requires_grad)
+        for name, p in model.named_parameters()
+    ]
 
 
 def tensor_parallel_shape(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
@@ -194,21 +253,24 @@ def tensor_parallel_shape(name: str, shape: tuple[int, ...], tp: int) -> tuple[i
 
 
 @lru_cache(maxsize=64)
-def moment_bytes(config: ModelConfig, name: str, momentum: float | None, layout: Layout = ONE) -> int:
+def moment_bytes(
+    config: ModelConfig, name: str, momentum: float | None, layout: Layout = ONE, adapt: Adapt | None = None
+) -> int:
     """What the optimizer of that name holds."""
     shards = layout.dp_shard if layout.strategy != "ddp" else 1
     total = 0
-    for parameter, shape, size in moment_shapes(config, name, momentum):
+    for parameter, shape, size in moment_shapes(config, name, momentum, adapt):
         first, *others = tensor_parallel_shape(parameter, shape, layout.tp) if shape else (shards,)  # or one number
         total += size * ceil(first / shards) * prod(others)
     return total
 
 
 @lru_cache(maxsize=8)
-def moment_shapes(config: ModelConfig, name: str, momentum: float | None) -> list[tuple[str, tuple[int, ...], int]]:
+def moment_shapes(
+    config: ModelConfig, name: str, momentum: float | None, adapt: Adapt | None
+) -> list[tuple[str, tuple[int, ...], int]]:
     """(parameter, shape, bytes of a number) of each tensor of the optimizer, of one that has no memory."""
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = on_meta(config, adapt)
     optimizer = build_optimizer(model, OptimConfig(name=name, momentum=momentum, lr=1.0))
     state = optimizer_tensors(optimizer, dict(model.named_parameters()))
     return [(key.split(".", 2)[2], tuple(value.shape), value.element_size()) for key, value in state.items()]
@@ -238,6 +300,19 @@ def block_bytes(config: ModelConfig, setting: Setting, tp: int = 1) -> tuple[int
         if setting.device_type == "cpu":  # no fused kernel drops out: the weights, the mask and their product are kept
             attention += 3 * number * heads * setting.seq_len
     return attention, rest
+
+
+@lru_cache(maxsize=64)
+def adapter_bytes(config: ModelConfig, setting: Setting) -> int:
+    """Bytes a token that adapters keep for the backward pass, over all blocks, beside what the layers keep."""
+    number, total = number_bytes(setting), 0
+    for layer in adapted(on_meta(config, setting.adapt)).values() if setting.adapt else ():
+        total += number * layer.config.r
+        if layer.config.dropout:  # the inputs that are left, and which
+            total += (number + 1) * layer.in_features
+        if layer.magnitude is not None:
+            total += number * layer.out_features
+    return total
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a model costs before it exists: parameters, floating-point operations, and how much text suits it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +24,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     with torch.device("meta"):
         model = Transformer(config)
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    embeddings = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    lookup_only = embeddings - {module.weight for module in linears}
+    lookup_only = {table.weight for table in embeddings(model)} - {module.weight for module in linears}
     return ParameterCount(
         total=sum(parameter.numel() for parameter in model.parameters()),
         embedding=sum(weight.numel() for weight in lookup_only),
@@ -32,16 +32,40 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     )
 
 
-def flops_per_token(config: ModelConfig, T: int) -> int:
+def flops_per_token(config: ModelConfig, T: int, adapt: Callable[[Transformer], object] | None = None) -> int:
     """Operations of a training step, forward and backward, per token of sequences of length T.
 
     6 N + 12 L D T: each weight of a matmul multiplies and adds once forward and twice backward; each layer computes
     q k^T and the weighted sum of v over T keys, or those of its window, with D = n_heads * head_dim. Causal halves are
     not taken off, as is the custom for MFU. Source: Chowdhery et al. 2022 (PaLM), appendix B.
+
+    `adapt` freezes weights of a model and adds adapters. A frozen weight takes 4 N, as it has no gradient of its own;
+    and blocks below all that is trained take no backward pass.
     """
-    keys = sum(min(T, window or T) for window in config.windows)  # over all layers
-    attention = 12 * keys * config.n_heads * config.head_dim
-    return 6 * count_parameters(config).matmul + attention
+    with torch.device("meta"):
+        model = Transformer(config)
+    if adapt is not None:
+        adapt(model)
+    embeds = any(parameter.requires_grad for table in embeddings(model) for parameter in table.parameters())
+    reached, total = embeds, 0
+    for block, window in zip(model.blocks, config.windows):
+        matrices = [parameter for parameter in block.parameters() if parameter.ndim == 2]
+        reached = reached or any(parameter.requires_grad for parameter in block.parameters())
+        matmul, trained = (sum(p.numel() for p in some) for some in (matrices, filter(is_trained, matrices)))
+        attention = 4 * min(T, window or T) * config.n_heads * config.head_dim
+        total += (2 * matmul + attention) + reached * 2 * (matmul + attention) + 2 * trained
+    reached = reached or any(map(is_trained, model.norm.parameters()))
+    head = model.lm_head.weight
+    return total + (2 + 2 * reached + 2 * head.requires_grad) * head.numel()
+
+
+def embeddings(model: Transformer) -> list[torch.nn.Embedding]:
+    """The tables of tokens and of positions."""
+    return [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+
+
+def is_trained(parameter: torch.nn.Parameter) -> bool:
+    return parameter.requires_grad
 
 
 # --- how much text suits a model --------------------------------------------------------------------------------------

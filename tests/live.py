@@ -73,6 +73,8 @@ def measured_peak(config: ModelConfig, optim: OptimConfig, setting: Setting, lay
     """Of the second step, when all buffers are there."""
     with torch.device("meta"):
         model = Transformer(config)
+    if setting.adapt:
+        setting.adapt(model)
     with Live() as live:
         called = parallelize(
             model,

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from ranks import run_ranks
 
 from minillm.distributed.config import Layout
 from minillm.log import OutOfMemory, memory_explained
+from minillm.lora import LoRAConfig, add_adapters
 from minillm.memory import Setting, alternatives, estimate, memory_advice, usable
 from minillm.model.config import ModelConfig
 from minillm.model.presets import preset
@@ -58,6 +60,43 @@ def test_the_estimate_is_within_a_tenth_of_what_is_measured(shape, setting):
     assert estimate(config, optim, setting).peak == pytest.approx(measured, rel=within)
 
 
+def lower_half(model):
+    """The embeddings and the lower half of the blocks stay as they are."""
+    for module in (model.embed, *model.blocks[: len(model.blocks) // 2]):
+        module.requires_grad_(False)
+
+
+def head_frozen(model):
+    model.lm_head.requires_grad_(False)
+
+
+def adapters(**fields):
+    return partial(add_adapters, config=LoRAConfig(**{"r": 8, **fields}))
+
+
+@pytest.mark.parametrize(
+    ("adapt", "shape", "setting"),
+    [
+        (lower_half, {}, {}),
+        (lower_half, {"tie_embeddings": False}, {"precision": "bf16"}),
+        (head_frozen, {"tie_embeddings": False, "vocab_size": 8000}, {}),
+        (adapters(), {}, {}),
+        (adapters(), {"dim": 256, "ffn_dim": 688}, {"rows": 1, "seq_len": 32}),
+        (adapters(), {"dim": 256, "ffn_dim": 688}, {"rows": 1, "seq_len": 64, "accumulates": True}),
+        (adapters(base_precision="bf16"), {"dim": 256, "ffn_dim": 688}, {"rows": 1, "seq_len": 32}),
+        (adapters(), {}, {"precision": "bf16"}),
+        (adapters(), {}, {"activation_checkpointing": "full"}),
+        (adapters(dropout=0.1), {}, {}),
+        (adapters(modules_to_save=["embed"]), {"vocab_size": 8000}, {}),
+    ],
+)
+def test_what_is_frozen_takes_no_more_than_its_weights(adapt, shape, setting):
+    config = ModelConfig(**{**SHAPE, **shape})
+    setting, optim = Setting(**{"rows": 2, "seq_len": 256, "adapt": adapt, **setting}), OptimConfig(lr=1e-3)
+    (measured,) = measured_peaks([(config, optim, setting)])
+    assert estimate(config, optim, setting).peak == pytest.approx(measured, rel=0.1)
+
+
 WIDE = {"dim": 256, "ffn_dim": 688}
 UNTIED = {"tie_embeddings": False, "vocab_size": 8000}
 ONE_ROW = {"rows": 1, "seq_len": 16}
@@ -69,6 +108,7 @@ LAYOUTS = {
         (WIDE, ONE_ROW | {"reshard_after_forward": False}),
         (WIDE, {"rows": 1, "seq_len": 64, "accumulates": True}),
         (UNTIED, ONE_ROW),
+        (WIDE, ONE_ROW | {"adapt": adapters()}),
     ],
     Layout("fsdp", 1, 4, 1): [({"n_layers": 6}, {"activation_checkpointing": "full", "rows": 1}), (UNTIED, ONE_ROW)],
     Layout("hsdp", 2, 2, 1): [(UNTIED, ONE_ROW | {"accumulates": True})],

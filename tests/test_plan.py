@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from minillm.lora import LoRAConfig, apply_lora
 from minillm.model import attention
 from minillm.model.config import ModelConfig
 from minillm.model.presets import preset
@@ -40,6 +41,30 @@ def test_flops_are_those_that_torch_counts(monkeypatch):
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(B, T, dtype=torch.long)).sum().backward()
     assert counter.get_total_flops() / (B * T) == flops_per_token(config, T)
+
+
+def upper_half(model):
+    for module in (model.embed, *model.blocks[:2]):
+        module.requires_grad_(False)
+
+
+def adapters(model):
+    apply_lora(model, LoRAConfig(r=4, modules_to_save=["embed"]))  # so that the gradient has to come all the way down
+
+
+@pytest.mark.parametrize("adapt", [upper_half, adapters])
+def test_what_is_frozen_takes_fewer_operations(monkeypatch, adapt):
+    monkeypatch.setattr(attention, "attend", attention.attend_reference)
+    config = ModelConfig(vocab_size=64, dim=32, n_layers=4, n_heads=4, tie_embeddings=False)
+    model = Transformer(config)
+    adapt(model)
+    B, T = 2, 24
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(B, T, dtype=torch.long)).sum().backward()
+    found = flops_per_token(config, T, adapt)
+    # of the first block that the gradient reaches, the inputs need none
+    assert found == pytest.approx(counter.get_total_flops() / (B * T), rel=0.0 if adapt == adapters else 0.04)
+    assert found < 0.9 * flops_per_token(config, T)
 
 
 def test_flops_of_gpt2_are_the_palm_formula():

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,12 @@ from minillm import checkpoint, cli
 from minillm.data.batch import Batch
 from minillm.data.config import ConversationsConfig
 from minillm.data.corpus import with_questions
-from minillm.log import run_command
-from minillm.lora import adapted
+from minillm.log import read_metrics, run_command
+from minillm.lora import LoRAConfig, adapted, add_adapters
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken, NoisyNextToken
+from minillm.plan import flops_per_token
 from minillm.recipe import wiring
 from minillm.tokenizer import ByteTokenizer
 
@@ -184,6 +186,11 @@ def test_adapters_are_trained_and_saved_alone(workplace):
     tuned, base = weights("runs/tuned"), weights("base")
     assert all(torch.equal(tuned[name], base[name]) for name in base)
     assert len(adapted(minillm.load("runs/tuned")[0])) == 8
+    row = read_metrics(Path("runs/tuned/metrics.jsonl"))[-1]
+    shape = minillm.load("base")[0].config
+    flops = flops_per_token(shape, 64, partial(add_adapters, config=LoRAConfig(r=2, targets=["attn"])))
+    assert row["mfu"] * 1e10 / row["tokens_per_second"] == pytest.approx(flops, rel=0.05)
+    assert flops < 0.85 * flops_per_token(shape, 64)
 
 
 @pytest.mark.parametrize(("words", "lr"), [([], 1e-3), (["--lora.r", 4], 1e-2), (["--optim.lr", 0.5], 0.5)], ids=str)

@@ -77,6 +77,20 @@ def test_time_and_cost_are_operations_by_what_a_gpu_does(config):
     assert best["cost"] == pytest.approx(3 * best["step_seconds"] * found["steps"] / 3600)
 
 
+def test_adapters_take_less_of_everything():
+    words = ["--model.preset", "llama2-7b", "--gpus", 8, "--train.micro_batch_size", 1, "--parallel.strategy", "fsdp"]
+    whole, adapters = planned(*words), planned(*words, "--lora.r", 16)
+    assert 0.66 < adapters["flops_per_token"] / whole["flops_per_token"] < 0.7
+    ours, theirs = (
+        next(one for one in found["layouts"] if one["name"] == "fsdp 8 ZeRO-3") for found in (adapters, whole)
+    )
+    assert ours["memory"]["weights"] == pytest.approx(theirs["memory"]["weights"], rel=0.01)
+    for part in ("gradients", "moments"):
+        assert ours["memory"][part] < 0.01 * theirs["memory"][part]
+    assert ours["sent_bytes"] < 0.7 * theirs["sent_bytes"]
+    assert {one["tp"] for one in adapters["layouts"]} == {1}
+
+
 def test_without_an_end_the_tokens_are_those_of_hoffmann():
     found = planned("--model.preset", "llama2-7b", "--gpus", 64)
     assert found["tokens"] == round(found["optimal_tokens"]["hoffmann"])

@@ -117,6 +117,12 @@ def with_adapters(model: nn.Module, config: LoRAConfig) -> None:
         add_adapters(model, config)
 
 
+def as_trained(model: Transformer, config: TuningConfig) -> None:
+    """`adapt` without a word, and without values: what is frozen, and which adapters there are."""
+    freeze(model, config)
+    with_adapters(model, config.lora)
+
+
 def adapt(model: Transformer, config: TuningConfig) -> None:
     """Freeze what is not trained, and add what is trained in its stead."""
     freeze(model, config)

@@ -47,11 +47,21 @@ class Settled(NamedTuple):
     layout: Layout
     loader: Loader
     steps: int
+    flops_per_token: int
     advice: Callable[[], str]  # what to say where memory is wanting
 
 
-def settle(config: RecipeConfig, tokenizer: Tokenizer, sources: list[Source], dist: Context) -> Settled:
-    """Decide what the configuration leaves open, now that tokenizer, tokens, device and ranks are known."""
+def settle(
+    config: RecipeConfig,
+    tokenizer: Tokenizer,
+    sources: list[Source],
+    dist: Context,
+    adapt: Callable[[Transformer], object] | None = None,
+) -> Settled:
+    """Decide what the configuration leaves open, now that tokenizer, tokens, device and ranks are known.
+
+    `adapt` freezes weights of a model and adds adapters, as it will be trained.
+    """
     data, train, device = config.data, config.train, dist.device
     if config.model.vocab_size not in (None, tokenizer.vocab_size):
         raise ValueError(
@@ -76,6 +86,7 @@ def settle(config: RecipeConfig, tokenizer: Tokenizer, sources: list[Source], di
         activation_checkpointing=train.activation_checkpointing,
         accumulates=samples_per_step > rows * dp_size,
         device_type=device.type,
+        adapt=adapt,
     )
     parallel, layout = resolve(config.parallel, shape, config.optim, setting, dist)
     dist = with_mesh(dist, layout.dp_replicate, layout.dp_shard, layout.tp)
@@ -110,7 +121,8 @@ def settle(config: RecipeConfig, tokenizer: Tokenizer, sources: list[Source], di
         reshard_after_forward=parallel.reshard_after_forward,
     )
     advice = partial(memory_advice, shape, optim, setting, free_memory(device), layout)
-    return Settled(config, shape, tokenizer, sources, dist, layout, loader, steps, advice)
+    flops = flops_per_token(shape, data.seq_len, adapt)
+    return Settled(config, shape, tokenizer, sources, dist, layout, loader, steps, flops, advice)
 
 
 def build_model(settled: Settled, adapt: Callable[[Transformer], object] | None = None) -> nn.Module:
@@ -187,7 +199,7 @@ def make_trainer(
         evaluate=make_evaluation(model, *measured, held_out(sources), config, dist, more_figures),
         run=run,
         log_every=log.every,
-        flops_per_token=flops_per_token(shape, config.data.seq_len),
+        flops_per_token=settled.flops_per_token,
         peak_flops=dist.world_size * peak_flops(dist.device, DTYPES[train.precision]),
         identity={
             "tokenizer_hash": tokenizer.hash,

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from minillm.distributed.config import Layout
 from minillm.distributed.tensor_parallel import tensor_parallel_problems
-from minillm.memory import FP32, GIB, Memory, Setting, estimate, held_parameters, number_bytes, usable
+from minillm.memory import FP32, GIB, Adapt, Memory, Setting, estimate, held_parameters, number_bytes, usable
 from minillm.model.config import ModelConfig
 from minillm.plan import flops_per_token
 from minillm.simulate.config import Plan, Run
@@ -72,7 +72,9 @@ def candidates(plan: Plan, run: Run) -> list[Candidate]:
 
 
 def tensor_parallel_sizes(plan: Plan) -> list[int]:
-    """Sizes of the tp axis: that given, or 1, 2, 4, 8 as far as they stay inside a node."""
+    """Sizes of the tp axis: that given, or 1, 2, 4, 8 as far as they stay inside a node; 1 with adapters."""
+    if plan.lora.r:
+        return [1]
     return [plan.parallel.tp] if plan.parallel.tp > 1 else powers_of_two(min(plan.gpus, plan.gpus_per_node, 8))
 
 
@@ -91,11 +93,12 @@ def candidate(plan: Plan, run: Run, layout: Layout, reshard: bool, mode: str, ro
         accumulates=forwards > 1,
         device_type="cuda",
         reshard_after_forward=reshard,
+        adapt=run.adapt,
     )
     memory = estimate(run.model, run.optim, setting, layout)
     data_parallel, tensor_parallel = sending(plan, run, layout, setting, forwards)
     tokens = forwards * rows * run.seq_len  # of each data-parallel rank, those of padding included
-    computing = tokens * step_flops(run.model, run.seq_len, mode) / layout.tp / (plan.mfu * plan.peak_of_gpu)
+    computing = tokens * step_flops(run.model, run.seq_len, mode, run.adapt) / layout.tp / (plan.mfu * plan.peak_of_gpu)
     seconds = max(computing, data_parallel.seconds) + tensor_parallel.seconds
     sent = round(data_parallel.bytes + tensor_parallel.bytes)
     room = usable(round(plan.memory_of_gpu * GIB), "cuda")
@@ -103,11 +106,11 @@ def candidate(plan: Plan, run: Run, layout: Layout, reshard: bool, mode: str, ro
 
 
 @lru_cache(maxsize=8)  # asked for each of many layouts of one model
-def step_flops(config: ModelConfig, T: int, mode: str) -> float:
+def step_flops(config: ModelConfig, T: int, mode: str, adapt: Adapt | None = None) -> float:
     """Operations a token, those done a second time under activation checkpointing included."""
-    total = flops_per_token(config, T)
+    total = flops_per_token(config, T, adapt)
     table = config.padded_vocab_size * config.dim
-    forward_of_blocks = (total - 6 * table) / 3
+    forward_of_blocks = (flops_per_token(config, T) - 6 * table) / 3  # adapters are next to nothing
     mlp = 2 * (3 if config.mlp in ("swiglu", "geglu") else 2) * config.dim * config.ffn_dim * config.n_layers
     return total + {"none": 0, "selective": forward_of_blocks - mlp, "full": forward_of_blocks}[mode]
 
@@ -122,7 +125,7 @@ class Sending:
 
 def sending(plan: Plan, run: Run, layout: Layout, setting: Setting, forwards: int) -> tuple[Sending, Sending]:
     """(data parallelism, tensor parallelism): of S bytes over n ranks, a gather or a scatter sends S (n - 1) / n."""
-    held, gradient = held_parameters(run.model, layout), 2 if plan.parallel.compress == "bf16" else FP32
+    held, gradient = held_parameters(run.model, layout, run.adapt), 2 if plan.parallel.compress == "bf16" else FP32
     in_node = max(1, plan.gpus_per_node // layout.tp)  # data-parallel ranks of a node; those of a shard are neighbours
 
     def send(size: float, ranks: int, neighbours: int) -> Sending:
@@ -133,11 +136,11 @@ def sending(plan: Plan, run: Run, layout: Layout, setting: Setting, forwards: in
         return Sending(size, size / bandwidth)
 
     # a sum is a scatter and a gather; once a step
-    summed = send(2 * gradient * held.own, layout.dp_replicate, max(1, in_node // layout.dp_shard))
+    summed = send(2 * gradient * held.trained, layout.dp_replicate, max(1, in_node // layout.dp_shard))
     gathered = Sending(0, 0)
     if layout.strategy != "ddp":
         blocks = number_bytes(setting) * held.blocks * (2 if setting.reshard_after_forward else 1)
-        each = blocks + FP32 * held.root + gradient * (held.blocks + held.root)
+        each = blocks + FP32 * held.root + gradient * (held.trained_blocks + held.trained_root)
         gathered = send(forwards * each, layout.dp_shard, in_node)
     # around attention and around the MLP a gather and a scatter, forward, backward, and where forward is done again
     again = {"none": 0, "selective": 1, "full": 2}[setting.activation_checkpointing]

@@ -1,14 +1,18 @@
 """What is to be simulated: the sections of a training run, and the GPUs it shall run on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated
 
 from minillm.data.config import DataConfig
 from minillm.distributed.config import ParallelConfig
 from minillm.distributed.device import DATASHEET_BF16
 from minillm.log import LogConfig
+from minillm.lora import LoRAConfig, add_adapters
 from minillm.model.config import ModelConfig, ModelSection
 from minillm.model.presets import preset
+from minillm.model.transformer import Transformer
 from minillm.optim import OptimConfig
 from minillm.run import RunConfig
 from minillm.tokenizer import TokenizerConfig, load_tokenizer
@@ -42,6 +46,7 @@ class Plan:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self):
         if self.gpu not in DATASHEET_BF16:
@@ -51,6 +56,11 @@ class Plan:
             )
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
             raise ValueError(f"gpus: {self.gpus} do not fill nodes of {self.gpus_per_node}; set gpus_per_node")
+
+        if self.lora.r and self.parallel.tp > 1:
+            raise ValueError(
+                "parallel.tp: adapters are not cut by tensor parallelism; leave parallel.tp, or lora.r, out"
+            )
 
     @property
     def memory_of_gpu(self) -> float:
@@ -73,6 +83,7 @@ class Run:
     samples: int  # of seq_len tokens, a step
     precision: str
     assumed: tuple[str, ...]  # what was given nowhere
+    adapt: Callable[[Transformer], object] | None = None  # adds adapters
 
     @property
     def batch_tokens(self) -> int:
@@ -96,7 +107,8 @@ def completed_run(plan: Plan) -> Run:
     if batch_tokens % seq_len:
         raise ValueError(f"train.batch_tokens: {batch_tokens} is no multiple of data.seq_len {seq_len}")
     precision = "bf16" if plan.train.precision == "auto" else plan.train.precision
-    return Run(model, plan.optim, seq_len, batch_tokens // seq_len, precision, tuple(assumed))
+    adapt = partial(add_adapters, config=plan.lora) if plan.lora.r else None
+    return Run(model, plan.optim, seq_len, batch_tokens // seq_len, precision, tuple(assumed), adapt)
 
 
 def vocabulary(plan: Plan) -> int:

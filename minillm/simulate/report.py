@@ -23,7 +23,7 @@ def simulate(plan: Plan) -> dict[str, Any]:
     count = count_parameters(run.model)
     optimal = optimal_tokens(count, run.model)
     tokens, by = tokens_of(plan, run, optimal.hoffmann)
-    flops = flops_per_token(run.model, run.seq_len)
+    flops = flops_per_token(run.model, run.seq_len, run.adapt)
     found = candidates(plan, run)
     best = suggest(found)
     steps = -(-tokens // run.batch_tokens)
