@@ -34,14 +34,8 @@ from minillm.losses import IGNORE_INDEX
 from minillm.model.presets import llama2
 from minillm.model.transformer import Transformer
 from minillm.recipe import begin, build_model, make_trainer, open_text, opened, read_config, settle
-from minillm.recipe.tuning import (
-    TuningConfig,
-    adapt,
-    answers_objective,
-    fitting_conversations,
-    open_chats,
-    with_template,
-)
+from minillm.recipe.sft import FineTuningConfig, answers_objective, open_chats
+from minillm.recipe.tuning import adapt, fitting_tuning, with_template
 from minillm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from minillm.trainer import Trainer
 
