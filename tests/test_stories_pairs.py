@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 def test_the_bytes_of_pairs_are_the_same_on_every_machine(folder):
     written = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.jsonl")))
-    assert hashlib.sha256(written).hexdigest()[:16] == "40dcf8161a23d699"
+    assert hashlib.sha256(written).hexdigest()[:16] == "28d061e11047eef4"
 
 
 def test_held_out_pairs_ask_the_questions_that_are_held_out_of_fine_tuning(folder, tmp_path):
@@ -40,25 +40,23 @@ def test_held_out_pairs_ask_the_questions_that_are_held_out_of_fine_tuning(folde
         assert [(one["prompt"], one["chosen"]) for one in ours] == [(one["question"], one["answer"]) for one in theirs]
 
 
-def test_every_second_question_is_one_that_nobody_can_answer(found):
+def test_every_fourth_question_is_one_that_nobody_can_answer(found):
     for one in found["train"] + found["heldout"]:
         assert (one.question.family == UNKNOWN) == (one.question.answer == NOBODY_KNOWS)
         assert one.rejected != one.question.answer
     families = Counter(one.question.family for one in found["heldout"])
-    assert families == {UNKNOWN: 600, "recall": 200, "reading": 200, "counting": 200}
+    assert families == dict.fromkeys((UNKNOWN, *FAMILIES), 300)
 
 
-def test_what_nobody_knows_is_of_a_stranger_or_names_what_the_story_does_not(found):
+def test_what_nobody_knows_is_of_a_stranger(found):
     names = {person.name for person in PEOPLE}
     for split, strangers in STRANGERS.items():
         assert not names & set(strangers)
         for asked in (one.question for one in found[split] if one.question.family == UNKNOWN):
-            words = re.findall(r"\w+", asked.question)
-            if asked.context:
-                assert [word for word in words if word not in asked.context], asked
-            else:
-                assert set(words) & set(strangers), asked
-                assert not set(words) & names, asked
+            words = set(re.findall(r"\w+", asked.question))
+            assert not asked.context
+            assert len(words & set(strangers)) == 1, asked
+            assert not words & names, asked
 
 
 def test_what_is_held_out_is_never_trained_on(found):
