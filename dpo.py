@@ -22,6 +22,7 @@ from minillm.recipe import begin, build_model, make_trainer, open_text, opened, 
 from minillm.recipe.answering import answer_held_out, answer_some, read_answers, sum_up, unanswered
 from minillm.recipe.dpo import (
     PreferenceConfig,
+    check_reference,
     open_pairs,
     preference_objective,
     preferred_over,
@@ -65,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
         if not start:
             answer_held_out("before", trainer, settled, run)
         summary = trainer.fit() if goes_on else read_json(run.summary)
+        check_reference(trainer)
         if summary["finished"]:
             answer_held_out("after", trainer, settled, run)
         if dist.is_main:

@@ -147,6 +147,13 @@ def refer(trainer: Trainer, settled: Settled) -> None:
                     cache_reference(policy, source.prepared, **options, dist=dist, vocab_size=shape.vocab_size)
 
 
+def check_reference(trainer: Trainer) -> None:
+    """Raises RuntimeError where what the policy was compared with has changed; what is cached was proved when read."""
+    reference = trainer.objective.reference
+    if isinstance(reference, (Kept, WithoutAdapters)):
+        reference.check()
+
+
 def base_hash(config: PreferenceConfig) -> str:
     """The hash of the weights that the policy begins with."""
     return weights_hash(find_checkpoint(config.model.path))
