@@ -120,6 +120,44 @@ def test_transformers_answers_alike(ours, theirs, conversations, capsys, chain):
     assert capsys.readouterr().out == answer + "\n"
 
 
+@torch.no_grad()
+def test_adapters_go_to_peft_and_come_back(ours, chain, conversations, capsys):
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra `test`")
+    run(cli.dispatch, "export", chain / "run", chain / "adapters", "--format", "peft")
+    tokens = torch.tensor([render(find_template("qwen", ours[1]), ours[1], conversations[0])[0]])
+    base = transformers.AutoModelForCausalLM.from_pretrained(chain / "theirs")
+    theirs = peft.PeftModel.from_pretrained(base, chain / "adapters").eval()
+    torch.testing.assert_close(theirs(tokens).logits, ours[0](tokens), atol=1e-5, rtol=1e-4)
+    run(cli.dispatch, "import", chain / "adapters", chain / "again", "--base", chain / "theirs")
+    again, tokenizer = minillm.load(chain / "again")
+    torch.testing.assert_close(again(tokens), ours[0](tokens), atol=1e-5, rtol=1e-4)
+    assert tokenizer.hash == ours[1].hash
+    run(cli.dispatch, "import", chain / "adapters", chain / "once more")  # on the base that they name
+    assert "logits are the same" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["export", "merged", "out", "--format", "peft"], "has no adapters; --format hf writes the whole model"),
+        (["export", "run", "out", "--format", "peft", "--dtype", "bf16"], "dtype: adapters are written as they are"),
+        (["import", "theirs", "out", "--base", "ours"], "holds no adapters of peft's; leave it out"),
+        (["import", "alone", "out"], "alone: does not say which model its adapters belong to; give it with --base"),
+        (["import", "alone", "out", "--base", "nowhere"], "alone: the model that its adapters belong to is not there"),
+        (["export", "alone", "out"], "alone: holds adapters of peft's alone; `minillm import alone OUT` makes one"),
+    ],
+    ids=str,
+)
+def test_what_has_no_adapters_or_no_base_is_told(chain, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(chain)
+    Path("alone").mkdir(exist_ok=True)
+    Path("alone/adapter_config.json").write_text("{}")
+    capsys.readouterr()
+    assert run_command(cli.dispatch, words) == 1
+    assert said in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_a_tokenizer_that_transformers_takes_for_another_is_named(chain, real_data, caplog):
     tokenizer = load_tokenizer(real_data / "hf_tokenizer")
     model, _ = minillm.load(chain / "ours")

@@ -15,9 +15,17 @@ from minillm.files import free_directory
 from minillm.generate.engine import generate, stream
 from minillm.generate.params import SAMPLING_ONLY, SamplingParams
 from minillm.generate.request import Completion, make_request
-from minillm.hf import find_folder, is_hugging_face
-from minillm.load import default_params, describe, export, export_hugging_face, find_checkpoint, load
-from minillm.merge import merge
+from minillm.hf import find_folder, is_hugging_face, is_peft
+from minillm.load import (
+    default_params,
+    describe,
+    export,
+    export_hugging_face,
+    export_peft,
+    find_checkpoint,
+    load,
+)
+from minillm.merge import merge, merge_peft
 from minillm.trainer.config import DTYPES
 
 PARAMETERS = [field.name for field in dataclasses.fields(SamplingParams)]
@@ -47,7 +55,9 @@ class Export:
 
     path: Annotated[str, "run directory, checkpoint, or folder"]
     out: Annotated[str, "folder to write"]
-    format: Annotated[Literal["minillm", "hf"], "hf: as transformers reads it"] = "minillm"
+    format: Annotated[
+        Literal["minillm", "hf", "peft"], "hf: as transformers reads it; peft: adapters alone, as peft reads them"
+    ] = "minillm"
     dtype: Annotated[Literal["fp32", "fp16", "bf16"] | None, "of the weights (none: as they are)"] = None
     max_shard_size: Annotated[str | None, "hf: the largest file, such as 500MB (none: 5GB)"] = None
     step: Annotated[int | None, "checkpoint of a run; none: the newest", ">= 0"] = None
@@ -58,9 +68,10 @@ class Export:
 class Import:
     """Options of `import`."""
 
-    path: Annotated[str, "Hugging Face folder, or a name on the hub"]
+    path: Annotated[str, "Hugging Face folder, or a name on the hub; or adapters of peft's"]
     out: Annotated[str, "folder to write"]
     dtype: Annotated[Literal["fp32", "fp16", "bf16"] | None, "of the weights (none: as they are)"] = None
+    base: Annotated[str | None, "the model that adapters belong to (none: that which they name)"] = None
     download: Annotated[bool, "fetch from the hub what its cache lacks"] = False
 
 
@@ -117,20 +128,33 @@ def as_json(prompt: str, completion: Completion) -> str:
 def export_model(options: Export) -> None:
     """Write a model with config and tokenizer, in our format or Hugging Face's."""
     out, dtype, size = free_directory(options.out), DTYPES.get(options.dtype), options.max_shard_size
-    if options.format == "minillm" and size is not None:
-        raise ValueError("max_shard_size: our own format is one file; give --format hf with it")
-    if options.quantize is not None and (options.format == "hf" or dtype is not None):
-        raise ValueError("quantize: int8 is of our own format, and a dtype itself; leave out --format hf and --dtype")
+    if options.format != "hf" and size is not None:
+        raise ValueError("max_shard_size: only --format hf writes several files; give it, or leave this out")
+    if options.format == "peft" and dtype is not None:
+        raise ValueError("dtype: adapters are written as they are; leave it out")
+    if options.quantize is not None and (options.format != "minillm" or dtype is not None):
+        raise ValueError("quantize: int8 is of our own format, and a dtype itself; leave out --format and --dtype")
     if options.format == "hf":
         written = export_hugging_face(options.path, out, options.step, dtype, size or "5GB")
+    elif options.format == "peft":
+        written = export_peft(options.path, out, options.step)
     else:
         written = export(options.path, out, options.step, options.quantize, dtype)
+    if options.format == "peft":
+        print(f"{written}: adapters; peft.PeftModel.from_pretrained(their base, {options.out!r}) reads them")
+        return
     print_size(written, options.out)
 
 
 def import_model(options: Import) -> None:
-    """Write a Hugging Face model in our own format."""
+    """Write a Hugging Face model in our own format; adapters of peft's merged into the model that they belong to."""
     folder = find_folder(options.path, options.download)
+    if is_peft(folder):
+        merged, difference = merge_peft(folder, free_directory(options.out), options.base, DTYPES.get(options.dtype))
+        print_merged(merged, difference, options.out)
+        return
+    if options.base is not None:
+        raise ValueError(f"base: {folder} holds no adapters of peft's; leave it out")
     if not is_hugging_face(folder):
         raise ValueError(f"{folder}: no Hugging Face folder: there is no config.json with a model_type in it")
     print_size(export(folder, free_directory(options.out), dtype=DTYPES.get(options.dtype)), options.out)
@@ -140,8 +164,12 @@ def merge_model(options: Merge) -> None:
     """Write a model with adapters as one of plain weights."""
     out = free_directory(options.out)
     written, difference = merge(options.path, out, options.step, options.base, DTYPES[options.dtype])
+    print_merged(written, difference, options.out)
+
+
+def print_merged(written: Path, difference: float, out: str) -> None:
     print(f"merged in fp32: with its adapters the model's logits are the same to {difference:.1e}")
-    print_size(written, options.out)
+    print_size(written, out)
 
 
 def print_size(written: Path, out: str) -> None:

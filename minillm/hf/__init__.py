@@ -10,7 +10,7 @@ from minillm.hf.config import is_hugging_face, read_config
 from minillm.hf.export import copy_generation_config, write
 from minillm.hf.generation import GENERATION, read_generation_config
 from minillm.hf.hub import find_folder
-from minillm.hf.peft import load_peft, save_peft
+from minillm.hf.peft import is_peft, load_peft, peft_base, save_peft
 from minillm.hf.weights import blocks, describe, fill, find_sources, weight_files
 
 __all__ = [
@@ -22,7 +22,9 @@ __all__ = [
     "find_folder",
     "find_sources",
     "is_hugging_face",
+    "is_peft",
     "load_peft",
+    "peft_base",
     "read_config",
     "read_generation_config",
     "save_peft",

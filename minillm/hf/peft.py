@@ -106,6 +106,16 @@ def load_peft(model: Transformer, directory: str | Path) -> Transformer:
     return model
 
 
+def is_peft(directory: str | Path) -> bool:
+    """Whether a folder holds adapters of peft's."""
+    return (Path(directory) / CONFIG).is_file()
+
+
+def peft_base(directory: str | Path) -> str | None:
+    """The model that the adapters of a folder belong to, by the path or name that it gives."""
+    return read_json(Path(directory) / CONFIG).get("base_model_name_or_path")
+
+
 def peft_tensors(model: Transformer, family: Family) -> dict[str, Tensor]:
     """All that is trained, by its name in peft, in the model's own memory."""
     fused = {theirs for theirs, count in Counter(family.modules.values()).items() if count > 1}

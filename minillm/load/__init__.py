@@ -10,8 +10,17 @@ from minillm.load.find import (
     weight_hashes,
     weights_hash,
 )
-from minillm.load.save import check_same, check_same_logits, export, export_hugging_face, new_home, save, some_tokens
-from minillm.load.stored import in_memory, load, load_base, load_weights, open_stored
+from minillm.load.save import (
+    check_same,
+    check_same_logits,
+    export,
+    export_hugging_face,
+    export_peft,
+    new_home,
+    save,
+    some_tokens,
+)
+from minillm.load.stored import in_memory, load, load_base, load_weights, open_stored, open_whole
 
 __all__ = [
     "check_same",
@@ -20,6 +29,7 @@ __all__ = [
     "describe",
     "export",
     "export_hugging_face",
+    "export_peft",
     "find_checkpoint",
     "in_memory",
     "load",
@@ -27,6 +37,7 @@ __all__ = [
     "load_weights",
     "new_home",
     "open_stored",
+    "open_whole",
     "save",
     "some_tokens",
     "taught_template",

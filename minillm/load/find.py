@@ -47,6 +47,9 @@ def find_checkpoint(
             return newest
     if step is None and hf.is_hugging_face(path):
         return path
+    if hf.is_peft(path):
+        ways = f"`minillm import {path} OUT` makes one model of them and their base"
+        raise ValueError(f"{path}: holds adapters of peft's alone; {ways}")
     raise ValueError(
         f"{path}: no run, checkpoint or saved folder; looked for manifest.json, checkpoints/step-*/ and step-*/ "
         "in it, and for the model_type of a Hugging Face folder in config.json"

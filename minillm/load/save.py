@@ -15,7 +15,7 @@ from minillm import checkpoint, hf
 from minillm.data.jinja import exported
 from minillm.files import atomic_directory, explained
 from minillm.load.find import find_checkpoint, taught_template
-from minillm.load.stored import Stored, cast, in_memory, is_int8, open_hugging_face, open_whole
+from minillm.load.stored import Stored, cast, in_memory, is_int8, open_hugging_face, open_stored, open_whole
 from minillm.lora import adapted
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
@@ -84,6 +84,15 @@ def export_hugging_face(
         hf.copy_generation_config(source, folder)
         check_same_logits(stored, open_hugging_face(folder))
     return Path(directory).resolve()
+
+
+def export_peft(path: str | Path, directory: str | Path, step: int | None = None) -> Path:
+    """Write the adapters of a run with LoRA as a folder that peft reads. Raises ValueError where there are none."""
+    source = find_checkpoint(Path(path), step)
+    stored = open_stored(source)
+    if not stored.lora.r:
+        raise ValueError(f"{source}: has no adapters; --format hf writes the whole model")
+    return hf.save_peft(in_memory(stored), directory, checkpoint.read(source)[0]["base_path"])
 
 
 @torch.no_grad()
