@@ -55,6 +55,29 @@ def test_layers_with_adapters_stay_as_they_are():
     assert packed_layers(twin) == [name for name in packed_layers(twin) if "mlp" in name or name == "lm_head"] != []
 
 
+def test_layers_that_are_watched_stay_as_they_are():
+    model, seen = make_model(), []
+    model.blocks[0].attn.q_proj.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    model.blocks[1].attn.q_proj.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    run(model, FEWEST_ROWS, 12)
+    assert seen == [1] * 2 + [FEWEST_ROWS] * 2 * 11  # the prompts in one row, and a step for each further token
+
+
+def test_autocast_may_begin_while_weights_are_packed():
+    model, tokens = make_model(), torch.arange(12).view(4, 3)
+    with torch.inference_mode():
+        twin = pack(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(twin(tokens).float(), model(tokens).float(), rtol=0.1, atol=0.1)
+
+
+def test_whoever_draws_random_numbers_afterwards_gets_the_same():
+    has_packing.cache_clear()
+    before = torch.get_rng_state()
+    assert has_packing()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_only_plain_fp32_is_packed_and_only_where_there_is_memory(monkeypatch):
     assert can_pack(make_model())
     assert not can_pack(make_model().double())
