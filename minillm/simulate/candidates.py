@@ -1,8 +1,8 @@
 """Each way to lay a run out over its GPUs: memory, bytes sent, and the time of a step.
 
-Memory is the estimate of minillm.memory, bytes sent are counted as docs/parallelism.md does, and time is a model of three
-numbers that the user gives or that stand in config.py: the share of its peak that a GPU reaches while it computes, and
-the bytes a second of links inside a node and out of it.
+Memory is the estimate of minillm.memory, bytes sent are counted as docs/parallelism.md does, and time is a model of
+three numbers that the user gives or that stand in config.py: the share of its peak that a GPU reaches while it
+computes, and the bytes a second of links inside a node and out of it.
 
     step = max(computing, sending of data parallelism) + sending of tensor parallelism
 
