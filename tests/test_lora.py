@@ -393,6 +393,23 @@ def test_a_model_with_adapters_is_not_taken_for_one_set_of_weights(run, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_adapters_go_on_from_where_they_were(run, base):
+    config = adapted(load(run)[0])["blocks.0.attn.q_proj"].config
+    model = apply_lora(make_model(), dataclasses.replace(config, dropout=0.1))
+    assert load_base(run, model).parent.parent == run
+    expected = weights(load(run)[0])
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in weights(model).items())
+    for changes, said in (
+        ({"r": config.r + 1}, "lora.r"),
+        ({"alpha": 99.0}, "lora.alpha"),
+        ({"rslora": True}, "rslora"),
+    ):
+        with pytest.raises(ValueError, match=rf"has adapters of another kind: .*{said} .*minillm merge"):
+            load_base(run, apply_lora(make_model(), dataclasses.replace(config, **changes)))
+    with pytest.raises(ValueError, match="makes one model of them"):
+        load_base(run, make_model())
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_merge_writes_plain_weights_that_give_the_same_logits(dtype, run, tmp_path, capsys):
     argv = ["merge", str(run), str(tmp_path / "out"), "--dtype", dtype]

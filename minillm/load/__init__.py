@@ -1,6 +1,8 @@
 """A model and its tokenizer, from a run, a checkpoint, a saved folder or one of Hugging Face's; and saved to one."""
 
 from minillm.load.find import (
+    Adapters,
+    adapters_in,
     default_params,
     describe,
     find_checkpoint,
@@ -23,6 +25,8 @@ from minillm.load.save import (
 from minillm.load.stored import in_memory, load, load_base, load_weights, open_stored, open_whole
 
 __all__ = [
+    "Adapters",
+    "adapters_in",
     "check_same",
     "check_same_logits",
     "default_params",

@@ -5,12 +5,14 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 from minillm import checkpoint, hf
 from minillm.data.jinja import jinja_of, recognise
 from minillm.distributed.context import Context
 from minillm.files import read_json, sha256
 from minillm.generate.params import SamplingParams
+from minillm.lora import LoRAConfig
 from minillm.model.config import ModelConfig
 from minillm.tokenizer import Tokenizer, load_tokenizer
 
@@ -132,6 +134,24 @@ def weight_hashes(folder: Path) -> dict[str, str]:
 def weights_hash(folder: Path) -> str:
     """One sha256 for all weights of a folder, by which adapters know the base that they were trained on."""
     return hashlib.sha256(json.dumps(weight_hashes(folder)).encode()).hexdigest()
+
+
+class Adapters(NamedTuple):
+    """The adapters of a checkpoint, and what they were trained on."""
+
+    config: LoRAConfig
+    base_path: str
+    base_sha256: str
+
+
+def adapters_in(folder: Path) -> Adapters | None:
+    """What a checkpoint's adapters are; None for a folder that is one set of weights."""
+    if hf.is_hugging_face(folder):
+        return None
+    state, _ = checkpoint.read(folder)
+    if not state.get("base_path"):
+        return None
+    return Adapters(LoRAConfig(**state["config"]["lora"]), state["base_path"], state["base_sha256"])
 
 
 def trained_seq_len(folder: Path) -> int | None:

@@ -4,6 +4,7 @@ It is built on the meta device, without memory, and checked against the files th
 from them a part of a tensor at a time. So the peak is one model, and the optimizer's files stay closed.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from minillm import checkpoint, hf
 from minillm.distributed.context import Context
-from minillm.load.find import describe, find_checkpoint, weights_hash
-from minillm.lora import LoRAConfig, add_adapters, base_parameters, init_lora
+from minillm.load.find import adapters_in, describe, find_checkpoint, weights_hash
+from minillm.lora import LoRAConfig, adapted, add_adapters, base_parameters, init_lora
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer
 from minillm.quantize import quantize_int8
+from minillm.tensors import parameter_names
 from minillm.tokenizer import Tokenizer
 
 
@@ -167,9 +169,35 @@ def load_weights(path: str | Path, model: Transformer, dist: Context = checkpoin
     differ: how long sequences are, RoPE, dropout. Adapters of the model stay as they are. Raises ValueError where a
     weight has another shape or is missing.
     """
+    folder, hashed = find_proved(path, dist)
+    fill(folder, open_whole(folder, dist, hashed), base_parameters(model))
+    return folder
+
+
+def load_base(path: str | Path, model: Transformer, seed: int = 0, dist: Context = checkpoint.ALONE) -> Path:
+    """`load_weights` for a model that may have adapters: they begin at nothing, or go on from those that are there.
+
+    Raises ValueError where the model has other adapters than those that are there.
+    """
+    folder, hashed = find_proved(path, dist)
+    if adapters_in(folder) and adapted(model):
+        stored = open_stored(folder, dist, hashed)
+        check_adapters(folder, stored.lora, next(iter(adapted(model).values())).config)
+        fill(folder, stored, parameter_names(model))
+    else:
+        fill(folder, open_whole(folder, dist, hashed), base_parameters(model))
+        init_lora(model, seed)
+    return folder
+
+
+def find_proved(path: str | Path, dist: Context) -> tuple[Path, bool]:
+    """The folder that a path stands for, and whether these ranks have proved it just now."""
     folder = find_checkpoint(Path(path), dist=dist)
-    is_of_run = folder != Path(path)  # then these ranks have proved it just now
-    stored, into = open_whole(folder, dist, hashed=is_of_run), base_parameters(model)
+    return folder, folder != Path(path)
+
+
+def fill(folder: Path, stored: Stored, into: Mapping[str, Tensor]) -> None:
+    """Give parameters the values that are stored. Raises ValueError where some have another shape, or are missing."""
     if is_int8(stored):
         raise ValueError(
             f"{folder}: its weights are int8, good for inference only; start from what it was exported from"
@@ -178,11 +206,15 @@ def load_weights(path: str | Path, model: Transformer, dist: Context = checkpoin
     if there != {name: tuple(parameter.shape) for name, parameter in into.items()}:
         raise ValueError(f"{folder}: its model has another shape than the one that is to start from it")
     stored.fill(into)
-    return folder
 
 
-def load_base(path: str | Path, model: Transformer, seed: int = 0, dist: Context = checkpoint.ALONE) -> Path:
-    """`load_weights` for a model with adapters, which then get the values that they begin with."""
-    folder = load_weights(path, model, dist)
-    init_lora(model, seed)
-    return folder
+def check_adapters(folder: Path, there: LoRAConfig, here: LoRAConfig) -> None:
+    """Raises ValueError where adapters that are to go on are not what they were; dropout may be another."""
+    ours, theirs = (dataclasses.asdict(config) | {"alpha": config.scale * config.r} for config in (here, there))
+    differ = [name for name in ours if ours[name] != theirs[name] and name not in ("dropout", "base_precision")]
+    if differ:
+        said = ", ".join(f"lora.{name} {theirs[name]}, not {ours[name]}" for name in differ)
+        raise ValueError(
+            f"{folder}: has adapters of another kind: {said}. Leave lora out to go on with them, or make them a part "
+            f"of the weights: `minillm merge {folder} OUT`"
+        )

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from minillm.data.chat import find_template
@@ -16,7 +17,7 @@ from minillm.load import find_checkpoint, weights_hash
 from minillm.losses import LOSSES
 from minillm.preference import Kept, Preference, WithoutAdapters, cache_reference, cached
 from minillm.recipe.answering import read_answers
-from minillm.recipe.tuning import AnswersConfig, TuningConfig, base_of, with_template
+from minillm.recipe.tuning import AnswersConfig, TuningConfig, adapters_at, base_of, with_template
 from minillm.recipe.wiring import Settled
 from minillm.run import RunDirectory
 from minillm.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
@@ -41,7 +42,8 @@ class DPOConfig(AnswersConfig, PairsConfig):
     reference: Annotated[
         Literal["auto", "cached", "frozen", "adapters"],
         "what the policy is compared with: its log-probabilities computed before training; a copy of the starting "
-        "weights; the policy without its adapters; auto: the first where all pairs are seen, else what needs least",
+        "weights; the policy without its adapters, or with them as they were where it goes on with some; auto: the "
+        "first where all pairs are seen, else what needs least",
     ] = "auto"
 
     def options(self) -> dict[str, float]:
@@ -132,12 +134,13 @@ def refer(trainer: Trainer, settled: Settled) -> None:
         return
     match config.dpo.reference:
         case "adapters":
-            objective.reference = WithoutAdapters(policy, shape.vocab_size)
+            began_as_base = adapters_at(config.model.path) is None and not config.lora.modules_to_save
+            objective.reference = (WithoutAdapters if began_as_base else Kept)(policy, shape.vocab_size)
         case "frozen":
             objective.reference = Kept(policy, shape.vocab_size)
         case "cached":
             options = {
-                "weights": base_hash(config),
+                "weights": start_hash(config),
                 "precision": config.train.precision,
                 "seq_len": config.data.seq_len,
                 "rows": 2 * config.train.micro_batch_size,  # no gradients are kept, so more fits
@@ -154,9 +157,10 @@ def check_reference(trainer: Trainer) -> None:
         reference.check()
 
 
-def base_hash(config: PreferenceConfig) -> str:
-    """The hash of the weights that the policy begins with."""
-    return weights_hash(find_checkpoint(config.model.path))
+def start_hash(config: PreferenceConfig) -> str:
+    """The hash of the weights that the policy begins with; of adapters that go on, of what they were trained on too."""
+    there, own = adapters_at(config.model.path), weights_hash(find_checkpoint(Path(config.model.path)))
+    return f"{there.base_sha256}+{own}" if there else own
 
 
 def preferred_over(config: PreferenceConfig) -> tuple[str | None, dict[str, Any]]:
@@ -164,7 +168,7 @@ def preferred_over(config: PreferenceConfig) -> tuple[str | None, dict[str, Any]
     base_path, must_agree = base_of(config)
     own = dataclasses.asdict(config.dpo)
     decides = {f"dpo.{name}": own[name] for name in ("loss", "beta", "sft_weight", *config.dpo.options())}
-    return base_path, must_agree | decides | {"base_sha256": base_hash(config)}
+    return base_path, must_agree | decides | {"start_sha256": start_hash(config)}
 
 
 # --- what came of it --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import nn
 from minillm.config import Layer, file_layer, lookup, nearest
 from minillm.data.jinja import choose_template
 from minillm.eval.answers import METRICS, check_installed
-from minillm.load import find_checkpoint, taught_template, weights_hash
+from minillm.load import Adapters, adapters_in, find_checkpoint, taught_template, weights_hash
 from minillm.lora import LoRAConfig, add_adapters, apply_lora
 from minillm.model.transformer import Transformer
 from minillm.plan import recommend_tuning
@@ -133,8 +133,20 @@ def base_of(config: TuningConfig) -> tuple[str | None, dict[str, Any]]:
     """(where the base of adapters is, what a run with them must agree on); nothing of the kind without adapters."""
     if not config.lora.r:
         return None, {f"{config.SECTION}.frozen": config.own.frozen}
-    path = str(Path(config.model.path).resolve())
-    return path, {"base_sha256": weights_hash(find_checkpoint(Path(path))), "lora": dataclasses.asdict(config.lora)}
+    path, there = str(Path(config.model.path).resolve()), adapters_at(config.model.path)
+    if there:
+        path, base_sha256 = there.base_path, there.base_sha256
+    else:
+        base_sha256 = weights_hash(find_checkpoint(Path(path)))
+    return path, {"base_sha256": base_sha256, "lora": dataclasses.asdict(config.lora)}
+
+
+def adapters_at(model_path: str | None) -> Adapters | None:
+    """The adapters that a run goes on with; None where it starts from one set of weights, or from nothing that is."""
+    try:
+        return adapters_in(find_checkpoint(Path(str(model_path))))
+    except ValueError:
+        return None
 
 
 # --- what it learns from ----------------------------------------------------------------------------------------------
@@ -145,13 +157,17 @@ def fitting_tuning(
 ) -> list[Layer]:
     """The layer of what suits the model that is tuned; that of the file where no path is given.
 
-    How much a step is, where nobody says, is left to the tokens, which are not counted yet.
+    One that has adapters goes on with them, where nothing is said of any. How much a step is, where nobody says, is
+    left to the tokens, which are not counted yet.
     """
+    there = adapters_at(lookup(given, "model.path"))
     if is_none(lookup(given, "data.path")):
         chosen = dict(file_layer(without_data).values)
     else:
-        dim, lora = as_count(lookup(given, "model.dim")) or 1024, str(lookup(given, "lora.r", 0)) != "0"
-        chosen = recommend(dim, lora)
+        dim = as_count(lookup(given, "model.dim")) or 1024
+        chosen = recommend(dim, there is not None or str(lookup(given, "lora.r", 0)) != "0")
+    if there and not any(name.startswith("lora.") for layer in given for name in layer.values):
+        chosen |= {f"lora.{name}": value for name, value in dataclasses.asdict(there.config).items()}
     limits = (as_count(lookup(given, name)) or math.inf for name in ("model.max_seq_len", "train.batch_tokens"))
     seq_len = as_count(lookup(given, "data.seq_len")) or min(chosen["data.seq_len"], *limits)
     chosen["data.seq_len"] = seq_len
