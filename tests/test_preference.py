@@ -141,7 +141,7 @@ def test_metrics_are_means_over_pairs_of_what_answers_give_one_by_one():
 
 def test_before_the_first_step_the_loss_is_that_of_a_guess():
     model, batch = model_of(), Trees(documents_for("dpo")).batch(48)
-    loss_sum, metrics = Preference("dpo", Frozen(copy.deepcopy(model)))(model, batch)
+    loss_sum, metrics = Preference("dpo", Frozen(copy.deepcopy(model)), sft_weight=0.0)(model, batch)
     assert loss_sum.item() / 6 == pytest.approx(math.log(2), abs=1e-12)
     found = {name: float(total) / float(count) for name, (total, count) in metrics.items()}
     assert (found["margin"], found["kl"], found["preference_accuracy"]) == (0.0, 0.0, 0.5)
@@ -149,7 +149,7 @@ def test_before_the_first_step_the_loss_is_that_of_a_guess():
 
 def test_answers_of_another_kind_and_padding_count_for_nothing():
     model, documents = model_of(), documents_for("dpo")
-    objective = Preference("dpo", Frozen(model_of(1)))
+    objective = Preference("dpo", Frozen(model_of(1)), sft_weight=0.0)
     with_others = Trees([*documents, *some_documents(2, (1,), seed=5)]).batch(48)
     assert objective.count(with_others) == 6
     torch.testing.assert_close(objective(model, with_others)[0], objective(model, Trees(documents).batch(48))[0])
@@ -588,6 +588,16 @@ def test_without_a_reference_chosen_answers_are_compared_with_the_first_rows(cap
 def test_what_does_not_fit_a_loss_is_refused(loss, arguments, said):
     with pytest.raises(ValueError, match=said):
         Preference(loss, **arguments)
+
+
+@pytest.mark.parametrize(("loss", "weight"), [("dpo", 0.2), ("kto", 0.0), ("orpo", 1.0)])
+def test_the_usual_loss_on_chosen_answers_joins_what_is_minimised_and_not_what_is_reported(loss, weight):
+    model, batch = model_of(), Trees(documents_for(loss)).batch(48)
+    loss_sum, metrics = Preference(loss, reference_for(loss, model_of(1)))(model, batch)
+    sft_loss, tokens = metrics.get("sft_loss", (0.0, 1))
+    units = Preference(loss, reference_for(loss, model_of(1))).count(batch)
+    reported = metrics["loss"][0].item() + weight * units * float(sft_loss / tokens)
+    assert loss_sum.item() == pytest.approx(reported, rel=1e-6)
 
 
 def test_rows_that_are_no_preferences_are_refused():

@@ -141,17 +141,17 @@ def nothing(policy, batch):
 
 
 CASES = {  # theirs; ours
-    "dpo": (partial(their_dpo, ["sigmoid"]), ("dpo", {})),
+    "dpo": (partial(their_dpo, ["sigmoid"]), ("dpo", {"sft_weight": 0.0})),
     "dpo with an sft term": (partial(their_dpo, ["sigmoid", "sft"]), ("dpo", {"sft_weight": SFT_WEIGHT})),
     "conservative dpo": (
         their_cpo,
         ("dpo", {"sft_weight": SFT_WEIGHT, "label_smoothing": 0.2, "reference": nothing}),
     ),
-    "hinge": (partial(their_dpo, ["hinge"]), ("hinge", {})),
-    "ipo": (partial(their_dpo, ["ipo"]), ("ipo", {})),
+    "hinge": (partial(their_dpo, ["hinge"]), ("hinge", {"sft_weight": 0.0})),
+    "ipo": (partial(their_dpo, ["ipo"]), ("ipo", {"sft_weight": 0.0})),
     "kto": (their_kto, ("kto", {"desirable_weight": 1.2, "undesirable_weight": 0.8})),
     "orpo": (their_orpo, ("orpo", {"sft_weight": 0.0})),
-    "simpo": (their_simpo, ("simpo", {})),
+    "simpo": (their_simpo, ("simpo", {"sft_weight": 0.0})),
 }
 
 

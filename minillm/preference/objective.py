@@ -37,10 +37,10 @@ class Preference:
     """Prefer the chosen answer to the rejected one: the unit is a pair, or an answer where the loss takes no pairs.
 
     Args:
-        loss: a name in `LOSSES`; `beta` and what `options` it takes stand there. None: the usual beta.
+        loss: a name in `LOSSES`, where the usual `beta` and `sft_weight` stand, and what `options` it takes.
         reference: what the policy is compared with; none for losses without one.
         sft_weight: of -log p of the chosen answers, a token on average, which joins what is minimised, and not the
-            loss that is reported. None: 0, but for a loss of which it is a part.
+            loss that is reported.
         vocab_size, chunk_tokens: as in `chunked_losses`.
 
     Metrics: means over pairs of the log-probabilities of both answers under both models, of their rewards, the margin
@@ -72,7 +72,7 @@ class Preference:
             raise ValueError(f"reference: the loss {loss} {needs}")
         self.reference = reference
         self.options = {"beta": self.loss.beta if beta is None else beta, **options}
-        self.sft_weight = (self.loss.sft_weight or 0.0) if sft_weight is None else sft_weight
+        self.sft_weight = self.loss.sft_weight if sft_weight is None else sft_weight
         self.head = {"vocab_size": vocab_size, "chunk_tokens": chunk_tokens}
         self.whole: Whole | None = None  # None: a batch is looked at as if it were all there is
 
