@@ -2,11 +2,13 @@
 
 import importlib
 import importlib.metadata
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -37,16 +39,20 @@ def importable(names: Sequence[str]) -> list[str]:
 
 
 def as_transformers(model: Transformer):
-    """transformers' model of the same shape with the same weights, in memory of its own."""
+    """transformers' model of the same shape with the same weights."""
+    with TemporaryDirectory() as folder:
+        save(model, None, f"{folder}/ours")
+        return transformers_from(export_hugging_face(f"{folder}/ours", f"{folder}/theirs"))
+
+
+def transformers_from(folder: Path):
+    """transformers' model of a folder, in memory of its own, where its own reading would map the file."""
     import transformers
     from safetensors.torch import load_model
 
     transformers.logging.set_verbosity_error()
-    with TemporaryDirectory() as folder:
-        save(model, None, f"{folder}/ours")
-        theirs = export_hugging_face(f"{folder}/ours", f"{folder}/theirs")
-        found = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(theirs))
-        load_model(found, theirs / "model.safetensors")
+    found = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    load_model(found, folder / "model.safetensors")
     return found
 
 
@@ -82,6 +88,28 @@ def compared(seconds: dict[str, list[Seconds]], amount: float) -> Iterator[Compa
         rate = amount / statistics.median(one.wall for one in took)
         wall = statistics.median(a.wall / b.wall for a, b in zip(took, own))
         yield Compared(name, rate, wall, statistics.median(a.cpu / b.cpu for a, b in zip(took, own)))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def in_fresh_process(function: Callable, *arguments):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def memory_during(run: Callable[[], object]) -> int:
+    """Bytes of memory that a call needs, beside what the process has before it (from /proc, so on Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> int:
+    """Bytes that /proc says this process has, or has had at most."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------

@@ -18,16 +18,14 @@ less that before the first. Weights are not in it; gradients and AdamW's moments
 
 import argparse
 import math
-import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from beside import LLAMA_26M, Seconds, as_transformers, compared, importable, machine, table, timed
+from beside import LLAMA_26M, Seconds, as_transformers, compared, importable, in_fresh_process, machine, table, timed
 from torch import Tensor, nn
 
 from minillm.data.batch import Batch
@@ -243,11 +241,6 @@ def memory_now(device: torch.device) -> int:
         return torch.accelerator.memory_allocated(device)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def in_fresh_process(function: Callable, *arguments):
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def measure_memory(name: str, names: list[str], options: argparse.Namespace) -> None:

@@ -86,6 +86,12 @@ def test_memory_is_what_steps_add_to_what_was_there(train_step, monkeypatch, cap
     assert rows(capsys.readouterr().out) == [["llama-tiny", "minillm", "73,248", "0", "1", "199", "200", "1.00"]]
 
 
+def test_memory_is_what_a_call_adds_at_its_peak(train_step):
+    memory_during = sys.modules["beside"].memory_during
+    assert 190e6 < memory_during(lambda: np.ones(200_000_000, np.uint8)) < 220e6
+    assert memory_during(lambda: None) < 10e6
+
+
 def test_a_loss_that_is_not_that_of_random_tokens_is_noticed(train_step):
     shape = train_step.SHAPES["llama-tiny"]
     contender = train_step.Contender("broken", 0, lambda batch: 0.0)
@@ -189,13 +195,27 @@ def test_the_best_of_each_group_follows_a_grid(ablate):
 
 
 @pytest.fixture(scope="module")
-def sft():
-    pytest.importorskip("trl", reason="trl is not installed")
+def beside_trl():
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        yield script("sft")
+        import beside_trl
+
+        yield beside_trl
     finally:
         sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def sft(beside_trl):
+    return script("sft")
+
+
+@pytest.fixture(scope="module")
+def dpo(beside_trl):
+    return script("dpo")
+
+
+needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
 
 
 @pytest.fixture
@@ -206,6 +226,42 @@ def chats(tmp_path):
     return path
 
 
+@pytest.fixture
+def preferences(tmp_path):
+    path = tmp_path / "pairs.json"
+    rows = [
+        {"prompt": f"Say {i}.", "chosen": f"{i} and " * (20 + 9 * (i % 5)), "rejected": f"no {i} " * (15 + 7 * (i % 4))}
+        for i in range(8)
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_without_trl_minillm_is_timed_alone(beside_trl, sft, dpo, chats, preferences, capsys, monkeypatch):
+    monkeypatch.setattr(beside_trl, "importable", lambda names: [])
+    for recipe, path in ((sft, chats), (dpo, preferences)):
+        recipe.main([str(path), "--shape", "llama-tiny", "--examples", "8", "--rounds", "1", "--threads", "1"])
+        [row] = rows(capsys.readouterr().out)
+        assert row[:2] == [path.stem, "minillm"]
+        assert row[4:] == ["1.00", "1.00"]
+
+
+def test_trl_is_given_the_tokens_that_minillm_learns(beside_trl, sft, dpo, chats, preferences, tmp_path):
+    start, tokenizer = beside_trl.make_start("llama-tiny", ByteTokenizer(), tmp_path), ByteTokenizer()
+    with sft.ours(start, beside_trl.make_lesson(chats, 3, 4, tmp_path)) as ours:
+        found = sft.documents(ours.store)
+    assert tokenizer.decode(found["input_ids"][0]).startswith("user\nSay 3.\nassistant\n3 and ")
+    learned = [token for token in found["labels"][0] if token >= 0]
+    assert tokenizer.decode(learned).startswith("3 and ")
+    with dpo.ours(start, beside_trl.make_lesson(preferences, 0, 8, tmp_path)) as ours:
+        found = {name: tokenizer.decode(column[3]) for name, column in dpo.pairs(ours.store).items()}
+    assert found["prompt_ids"] == "user\nSay 3.\nassistant\n"
+    assert found["chosen_ids"].startswith("3 and ")
+    assert found["rejected_ids"].startswith("no 3 ")
+
+
+@needs_trl
+@pytest.mark.soak  # to import it takes 10 seconds
 def test_fine_tuning_is_timed_beside_trl_on_the_same_conversations(sft, chats, capsys):
     given = ["--shape", "llama-tiny", "--examples", "6", "--rounds", "1", "--threads", "1", "--peers", "TRL"]
     sft.main([str(chats), *given])
@@ -214,16 +270,37 @@ def test_fine_tuning_is_timed_beside_trl_on_the_same_conversations(sft, chats, c
     assert all(float(cell.replace(",", "")) > 0 for row in table for cell in row[2:])
 
 
-def test_a_peer_that_learns_from_other_weights_or_tokens_is_noticed(sft, chats, tmp_path):
-    start = sft.make_start("llama-tiny", ByteTokenizer(), tmp_path)
-    lesson = sft.make_lesson(chats, 0, 6, tmp_path)
+@needs_trl
+@pytest.mark.soak  # to import it takes 10 seconds
+def test_preferences_are_learned_beside_trl_from_the_same_pairs(dpo, preferences, capsys):
+    peer = "TRL, reference before"
+    given = ["--shape", "llama-tiny", "--examples", "8", "--rounds", "1", "--threads", "1", "--peers", peer]
+    dpo.main([str(preferences), *given])
+    table = rows(capsys.readouterr().out)
+    assert [row[1] for row in table] == ["minillm", peer]
+    assert all(float(cell.replace(",", "")) > 0 for row in table for cell in row[2:])
+
+
+@needs_trl
+@pytest.mark.soak  # to import it takes 10 seconds
+def test_memory_of_learning_preferences_is_that_of_each(dpo, preferences, capsys, monkeypatch):
+    monkeypatch.setattr(dpo, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    given = ["--memory", "--shape", "llama-tiny", "--examples", "8", "--threads", "1", "--peers", "TRL"]
+    dpo.main([str(preferences), *given])
+    assert [row[:2] for row in rows(capsys.readouterr().out)] == [["pairs", "minillm"], ["pairs", "TRL"]]
+
+
+@needs_trl
+@pytest.mark.soak  # to import it takes 10 seconds
+def test_a_peer_that_learns_from_other_weights_or_tokens_is_noticed(beside_trl, sft, chats, tmp_path):
+    start = beside_trl.make_start("llama-tiny", ByteTokenizer(), tmp_path)
+    lesson = beside_trl.make_lesson(chats, 0, 6, tmp_path)
     sft.check_losses(start, lesson, ["TRL, packed"])
-    with torch.no_grad():
-        start.model.norm.weight.mul_(1.01)
+    other = beside_trl.make_start("llama-tiny", ByteTokenizer(), tmp_path / "other", seed=1)
     with pytest.raises(AssertionError, match="TRL: the first loss is"):
-        sft.check_losses(start, lesson, ["TRL"])
-    with pytest.raises(ValueError, match="13 conversations are asked for, it has 12"):
-        sft.make_lesson(chats, 6, 7, tmp_path)
+        sft.check_losses(start._replace(theirs=other.theirs), lesson, ["TRL"])
+    with pytest.raises(ValueError, match="13 examples are asked for, it has 12"):
+        beside_trl.make_lesson(chats, 6, 7, tmp_path)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
