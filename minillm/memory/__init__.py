@@ -2,7 +2,7 @@
 
 from minillm.memory.advice import alternatives, memory_advice, usable
 from minillm.memory.estimate import GIB, Memory, Setting, estimate, number_bytes
-from minillm.memory.held import FP32, Adapt, held_parameters
+from minillm.memory.held import FP32, Adapt, held_parameters, on_meta
 
 __all__ = [
     "FP32",
@@ -15,5 +15,6 @@ __all__ = [
     "held_parameters",
     "memory_advice",
     "number_bytes",
+    "on_meta",
     "usable",
 ]

@@ -14,13 +14,17 @@ from torch import nn
 from minillm import checkpoint
 from minillm.data.chat import find_template, stop_ids
 from minillm.data.mixture import held_out
+from minillm.distributed.context import Context
+from minillm.distributed.device import free_memory
 from minillm.eval.answers import METRICS, Answered, answers_of, by_group, last_answers, majority
 from minillm.files import write_atomically
 from minillm.log import LOGGER
+from minillm.memory import on_meta
 from minillm.recipe.wiring import Settled
 from minillm.report import answer_line
 from minillm.run import RunDirectory
-from minillm.tensors import is_sharded, unwrapped
+from minillm.strategy import ranks_here
+from minillm.tensors import is_sharded, parameter_names, unwrapped
 from minillm.trainer import Trainer
 
 
@@ -31,7 +35,7 @@ def answer_held_out(when: str, trainer: Trainer, settled: Settled, run: RunDirec
         answered = answers(trainer.model, settled, settled.config.own.predict)
     if settled.config.own.predict and not answered:
         LOGGER.warning(
-            "%s.predict: nothing is answered: nothing is held out, or the weights are cut over ranks",
+            "%s.predict: nothing is answered: nothing is held out, or weights are cut over ranks without room for all",
             settled.config.SECTION,
         )
     if answered and settled.dist.is_main:
@@ -58,18 +62,45 @@ def answer_some(model: nn.Module, settled: Settled) -> dict[str, float]:
 def answers(model: nn.Module, settled: Settled, count: int) -> list[Answered]:
     """What a model answers to so many questions, on each rank; a rank asks its share.
 
-    None where nothing is held out, and from a model whose weights are cut over ranks.
+    None where nothing is held out, and where the weights are cut over ranks that have no room for all of them.
     """
-    own, dist, tokenizer, model = settled.config.own, settled.dist, settled.tokenizer, unwrapped(model)
+    own, dist, tokenizer = settled.config.own, settled.dist, settled.tokenizer
     stores = [source.prepared.val for source in held_out(settled.sources)]
-    if not count or not stores or any(map(is_sharded, model.parameters())):
+    if not count or not stores or not has_room(model, dist):
         return []
     asked = [one for store in stores for one in last_answers(store, -(-count // len(stores)), tokenizer)]
     ends = stop_ids(find_template(own.template, tokenizer), tokenizer)
     with torch.compiler.set_stance("force_eager"):  # what is compiled for training would be again for each length
+        model = whole(model, settled)
         mine = answers_of(model, tokenizer, asked[dist.rank :: dist.world_size], ends, own.predict_tokens)
     shares = dist.gather([one._asdict() for one in mine])
     return [Answered(**shares[i % len(shares)][i // len(shares)]) for i in range(len(asked))]
+
+
+def has_room(model: nn.Module, dist: Context) -> bool:
+    """Whether each rank has memory for the whole model, where it holds a part of it; the same on all."""
+    if not any(map(is_sharded, model.parameters())):
+        return True
+    needed, free = sum(p.numel() * p.element_size() for p in model.parameters()), free_memory(dist.device)
+    if free is not None and dist.device.type == "cpu":
+        free //= ranks_here(dist.world_size)  # they share it
+    return not dist.any(free is not None and 1.1 * needed > free)
+
+
+@torch.no_grad()
+def whole(model: nn.Module, settled: Settled) -> nn.Module:
+    """The model itself, or, where its weights are cut over ranks, another that has all of them, gathered one by one."""
+    parameters = parameter_names(model)
+    if not any(map(is_sharded, parameters.values())):
+        return unwrapped(model)
+    gathered = on_meta(settled.shape, settled.adapt)
+    for name, parameter in gathered.named_parameters():
+        parameter.data = parameter.data.to(parameters[name].dtype)
+    gathered = gathered.to_empty(device=settled.dist.device)
+    for name, parameter in gathered.named_parameters():
+        held = parameters[name]
+        parameter.copy_(held.full_tensor() if is_sharded(held) else held)
+    return gathered.eval()
 
 
 def predictions(run: RunDirectory, when: str) -> Path:

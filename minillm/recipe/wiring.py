@@ -49,6 +49,7 @@ class Settled(NamedTuple):
     steps: int
     flops_per_token: int
     advice: Callable[[], str]  # what to say where memory is wanting
+    adapt: Callable[[Transformer], object] | None = None  # freezes weights of a model and adds adapters
 
 
 def settle(
@@ -122,7 +123,7 @@ def settle(
     )
     advice = partial(memory_advice, shape, optim, setting, free_memory(device), layout)
     flops = flops_per_token(shape, data.seq_len, adapt)
-    return Settled(config, shape, tokenizer, sources, dist, layout, loader, steps, flops, advice)
+    return Settled(config, shape, tokenizer, sources, dist, layout, loader, steps, flops, advice, adapt)
 
 
 def build_model(settled: Settled, adapt: Callable[[Transformer], object] | None = None) -> nn.Module:
