@@ -200,6 +200,20 @@ def test_adapters_are_trained_and_saved_alone(workplace):
     assert flops < 0.85 * flops_per_token(shape, 64)
 
 
+def test_a_run_with_adapters_is_gone_on_from_by_them(workplace, capsys):
+    assert run("--lora.r", 2, "--optim.lr", 0.05) == 0
+    assert run("--model.path", "runs/tuned", "--run.dir", "runs/on") == 0
+    assert json.loads(Path("runs/on/config.json").read_text())["lora"]["r"] == 2
+    ended, began = (
+        Path(f"runs/{path}.jsonl").read_text() for path in ("tuned/predictions/after", "on/predictions/before")
+    )
+    assert began == ended
+    tuned, base = minillm.load("runs/on")[0].state_dict(), weights("base")
+    assert all(torch.equal(tuned[name], base[name]) for name in base)
+    for words in (["--lora.r", 4], ["--lora.r", 0]):
+        assert "minillm merge" in failure(capsys, run, "--model.path", "runs/tuned", "--run.dir", "runs/other", *words)
+
+
 @pytest.mark.parametrize(("words", "lr"), [([], 1e-3), (["--lora.r", 4], 1e-2), (["--optim.lr", 0.5], 0.5)], ids=str)
 def test_what_is_left_open_is_chosen_for_the_model(workplace, words, lr):
     given = ["--model.path", "base", "--data.path", "chats.jsonl", "--run.dir", "runs/chosen"]
