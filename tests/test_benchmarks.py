@@ -10,6 +10,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
+import minillm
 from minillm.data.config import DataConfig
 from minillm.data.text import documents, find_files
 from minillm.distributed.context import connect
@@ -588,6 +589,17 @@ def test_repetition_is_what_stands_earlier_in_the_text():
     assert repeated([1, 2, 3, 4, 5, 6], 2, 2) == 0
     assert repeated([1, 2, 3, 1, 2, 3], 3, 2) == 2 / 3  # 31 is new; 12 and 23 are not
     assert repeated([1, 2, 1, 2, 1, 2], 2, 2) == 3 / 4
+
+
+def test_chosen_answers_become_likelier_with_an_sft_term_than_without(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: extra plot")
+    tokenizer = ByteTokenizer()
+    shape = {"vocab_size": tokenizer.vocab_size, "dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 256}
+    minillm.save(Transformer(minillm.ModelConfig(**shape)), tokenizer, tmp_path / "model")
+    script("falling").main([str(tmp_path / "model"), "--steps", "3", "--lr", "1e-2", "--out", str(tmp_path)])
+    without, little, much = (float(row[1]) for row in rows(capsys.readouterr().out))
+    assert without < little < much
+    assert (tmp_path / "falling.svg").read_text().count("sft_weight") >= 3
 
 
 def test_int8_is_timed_beside_fp32(capsys):
