@@ -24,8 +24,9 @@ class Objective(Protocol):
     """What is minimised: how many units a batch has, and the loss and metrics summed over them.
 
     A method `prepare(model, micro_batches, sum_over_ranks)`, where there is one, is called before the first forward of
-    a step, on each rank with its micro-batches, in host memory; it returns the objective for that step, which may so
-    know what only the whole global batch tells. `sum_over_ranks` adds up a tensor over the data-parallel ranks.
+    a step, or of an evaluation, on each rank with its micro-batches, in host memory, which it goes through once; it
+    returns the objective for these, which may so know what only all of them together tell. `sum_over_ranks` adds up a
+    tensor over the data-parallel ranks.
     """
 
     def count(self, batch: Any) -> int: ...

@@ -11,7 +11,7 @@ Shapes: B batch, T time, N documents (B * T places for them, of which most are e
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -81,16 +81,20 @@ class Preference:
         return int(self.units(lengths(batch)).sum())
 
     def prepare(
-        self, model: nn.Module, micro_batches: Sequence[Batch], sum_over_ranks: Callable[[Tensor], Tensor]
+        self, model: nn.Module, micro_batches: Iterable[Batch], sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> "Preference":
-        """The objective for the step that has these micro-batches on this rank, knowing what all of them add up to."""
-        counted = map(lengths, micro_batches)  # on the host, where batches are still
-        sums = [torch.stack([self.units(length).sum(), length[:, CHOSEN].sum()]) for length in counted]
-        units, chosen_tokens = sum_over_ranks(torch.stack(sums).sum(0)).tolist()
-        device, kl = next(model.parameters()).device, None
+        """The objective for the step, or the set, that has these micro-batches on this rank, knowing what all of them
+        add up to.
+        """
+        device, counts, ratios, kl = next(model.parameters()).device, [], [], None
+        with looking(model):
+            for batch in micro_batches:
+                length = lengths(batch)  # on the host, where batches are still
+                counts.append(torch.stack([self.units(length).sum(), length[:, CHOSEN].sum()]))
+                if not self.loss.paired:
+                    ratios.append(self.mismatched_ratios(model, batch.to(device)))
+        units, chosen_tokens = sum_over_ranks(torch.stack(counts).sum(0)).tolist()
         if not self.loss.paired:
-            with looking(model):
-                ratios = [self.mismatched_ratios(model, batch.to(device)) for batch in micro_batches]
             kl = mean_kl(sum_over_ranks(torch.stack(ratios).sum(0)))
         prepared = copy.copy(self)
         prepared.whole = Whole(units / max(1, chosen_tokens), kl)

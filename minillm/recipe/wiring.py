@@ -245,9 +245,10 @@ def make_evaluation(
                 raise_if_stopped()
                 yield batch
 
-        figures = [
-            evaluate(model, batches(source), objective, token_bytes, dist.sum, dist.device) for source in sources
-        ]
+        figures = []
+        for source in sources:
+            known = objective.prepare(model, batches(source), dist.sum) if hasattr(objective, "prepare") else objective
+            figures.append(evaluate(model, batches(source), known, token_bytes, dist.sum, dist.device))
         if not sources[0].name:
             return figures[0] | more_figures()
         whole = mixture([(source.name, source.share, found) for source, found in zip(sources, figures)])
