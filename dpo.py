@@ -22,11 +22,11 @@ from minillm.recipe import begin, build_model, make_trainer, open_text, opened, 
 from minillm.recipe.answering import answer_held_out, answer_some, read_answers, sum_up, unanswered
 from minillm.recipe.dpo import (
     PreferenceConfig,
+    at_first,
     check_reference,
     open_pairs,
     preference_objective,
     preferred_over,
-    refer,
     sum_up_preferences,
     with_reference,
 )
@@ -56,11 +56,12 @@ def main(argv: Sequence[str]) -> int:
         settled = with_reference(settle(config, tokenizer, sources, dist, partial(as_trained, config=config)))
         model = build_model(settled, partial(adapt, config=config))
         objective = preference_objective(settled)
-        base_path, must_agree = preferred_over(config)
+        base_path, must_agree = preferred_over(settled.config, start)
         some_answers = partial(answer_some, model, settled)
         watched = [*trackers, FallingChosen()]
         trainer = make_trainer(settled, model, objective, run, watched, base_path, must_agree, some_answers, objective)
-        goes_on = begin(trainer, run, tokenizer, start, config.model.path, partial(refer, settled=settled))
+        refer = at_first(settled, must_agree.get("start_sha256"), start)
+        goes_on = begin(trainer, run, tokenizer, start, config.model.path, refer)
         if not goes_on and not unanswered(settled, run):
             return 0
         if not start:

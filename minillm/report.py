@@ -67,7 +67,8 @@ def show_preferences(summary: Mapping[str, Any]) -> None:
     if rows:
         print(f"\n  {'':{WIDEST}}   before    after")
     for words, sides, form in rows:
-        print(f"  {words:{WIDEST}}  " + "  ".join(f"{format(sides[when], form):>7}" for when in ("before", "after")))
+        cells = [format(sides[when], form) if when in sides else "" for when in ("before", "after")]
+        print(f"  {words:{WIDEST}}  " + "  ".join(f"{cell:>7}" for cell in cells))
     if "win_rate" in summary:
         print(f"  the later answer is the better one: {summary['win_rate']:.1%}, ties being half")
 

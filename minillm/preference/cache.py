@@ -58,10 +58,7 @@ def cache_reference(
     not used, and one that is damaged is not, either; both are said. Raises ValueError where a row is shorter than a
     document.
     """
-    made_from = {"weights": weights, "data": prepared.info["hash"], "precision": precision}
-    name = hashlib.sha256(json.dumps([FORMAT, made_from]).encode()).hexdigest()[:16]
-    path = prepared.directory / f"reference-{name}"
-    stores = {store.split: store for store in (prepared.train, prepared.val) if store is not None}
+    made_from, path, stores = place(prepared, weights, precision)
     longest = max(int(np.diff(store.document_offsets).max()) for store in stores.values()) - 1
     if longest > seq_len:
         raise ValueError(f"data.seq_len: {seq_len} would cut preferences in two, of which one has {longest} places")
@@ -71,9 +68,30 @@ def cache_reference(
             LOGGER.info("reference: %s; computing log-probabilities of %s tokens", problem, total(stores))
         share = partial(write_share, model, seq_len=seq_len, rows=rows, dist=dist, vocab_size=vocab_size)
         compute(share, path, made_from, stores, dist)
+    give(path, stores)
+    return path
+
+
+def open_reference(prepared: Prepared, *, weights: str, precision: str, dist: Context) -> bool:
+    """Give the stores what `cache_reference` keeps, without the model; False, on all ranks, where it keeps nothing."""
+    made_from, path, stores = place(prepared, weights, precision)
+    kept = dist.broadcast(what_is_wrong(path, made_from, stores) is None if dist.is_main else None)
+    if kept:
+        give(path, stores)
+    return kept
+
+
+def place(prepared: Prepared, weights: str, precision: str) -> tuple[dict[str, str], Path, dict[str, TokenStore]]:
+    """(what the log-probabilities are made from, the folder that is named by it, the stores that they are of)."""
+    made_from = {"weights": weights, "data": prepared.info["hash"], "precision": precision}
+    name = hashlib.sha256(json.dumps([FORMAT, made_from]).encode()).hexdigest()[:16]
+    stores = {store.split: store for store in (prepared.train, prepared.val) if store is not None}
+    return made_from, prepared.directory / f"reference-{name}", stores
+
+
+def give(path: Path, stores: dict[str, TokenStore]) -> None:
     for split, store in stores.items():
         store.give_reference(np.asarray(np.load(path / f"{split}.npy", mmap_mode="r")))
-    return path
 
 
 def total(stores: dict[str, TokenStore]) -> str:

@@ -1,10 +1,13 @@
 """What learning from preferences adds to a recipe: its section, its objective with a reference, and what it reads."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from minillm import checkpoint
 from minillm.data.chat import find_template
 from minillm.data.config import PreferencesConfig
 from minillm.data.corpus import with_pairs
@@ -13,15 +16,16 @@ from minillm.data.preference_store import open_preferences
 from minillm.data.trees import PairsConfig
 from minillm.eval.answers import mean_length, win_rate
 from minillm.files import read_json
-from minillm.load import find_checkpoint, weights_hash
 from minillm.losses import LOSSES
-from minillm.preference import Kept, Preference, WithoutAdapters, cache_reference, cached
+from minillm.preference import Kept, Preference, WithoutAdapters, cache_reference, cached, open_reference
 from minillm.recipe.answering import read_answers
-from minillm.recipe.tuning import AnswersConfig, TuningConfig, adapters_at, base_of, with_template
+from minillm.recipe.tuning import AnswersConfig, TuningConfig, adapters_at, base_of, hash_at, with_template
 from minillm.recipe.wiring import Settled
 from minillm.run import RunDirectory
 from minillm.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from minillm.trainer import Trainer
+
+OPTIONS = tuple(dict.fromkeys(name for loss in LOSSES.values() for name in loss.options))  # that only some losses take
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,7 @@ class DPOConfig(AnswersConfig, PairsConfig):
 
     def options(self) -> dict[str, float]:
         """The numbers that were given of those that only some losses take."""
-        names = ("label_smoothing", "gamma", "desirable_weight", "undesirable_weight")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
 
     def problems(self) -> list[str]:
         """What contradicts itself, a line each."""
@@ -126,28 +129,61 @@ def preference_objective(settled: Settled) -> Preference:
     )
 
 
-def refer(trainer: Trainer, settled: Settled) -> None:
+def preferred_over(config: PreferenceConfig, start: Path | None) -> tuple[str | None, dict[str, Any]]:
+    """(where the base of adapters is, what a run must agree on that goes on): the reference too is the same then."""
+    base_path, must_agree = base_of(config)
+    must_agree |= {f"dpo.{name}": getattr(config.dpo, name) for name in ("loss", "beta", "sft_weight", *OPTIONS)}
+    if LOSSES[config.dpo.loss].reference:
+        must_agree["start_sha256"] = start_hash(config, start)
+    return base_path, must_agree
+
+
+def start_hash(config: PreferenceConfig, start: Path | None) -> str:
+    """The hash of the weights that the policy begins with; of adapters that go on, of what they were trained on too.
+
+    Of a run that goes on, and may need no more than log-probabilities, it is what its checkpoint says, where the
+    weights are gone.
+    """
+    try:
+        own = hash_at(config.model.path)
+    except ValueError:
+        if start is None or config.dpo.reference != "cached":
+            raise
+        return checkpoint.read(start)[0]["start_sha256"]
+    there = adapters_at(config.model.path)
+    return f"{there.base_sha256}+{own}" if there else own
+
+
+def at_first(settled: Settled, weights: str | None, start: Path | None) -> Callable[[Trainer], None] | None:
+    """What is done when the policy has the weights that the run began with, of that hash; None where that is nothing.
+
+    A run that goes on needs no weights where the log-probabilities are kept.
+    """
+    dpo = settled.config.dpo
+    if not LOSSES[dpo.loss].reference:
+        return None
+    made_from = {"weights": weights, "precision": settled.config.train.precision, "dist": settled.dist}
+    looks = start and dpo.reference == "cached"
+    if looks and all(open_reference(source.prepared, **made_from) for source in settled.sources):
+        return None
+    return partial(refer, settled=settled, made_from=made_from)
+
+
+def refer(trainer: Trainer, settled: Settled, made_from: Mapping[str, Any]) -> None:
     """Let the policy, as it is now, be what it is compared with from now on."""
-    config, shape, dist = settled.config, settled.shape, settled.dist
-    objective, policy = trainer.objective, trainer.model
-    if objective.reference is None:
-        return
+    config, vocab_size = settled.config, settled.shape.vocab_size
     match config.dpo.reference:
         case "adapters":
             began_as_base = adapters_at(config.model.path) is None and not config.lora.modules_to_save
-            objective.reference = (WithoutAdapters if began_as_base else Kept)(policy, shape.vocab_size)
+            trainer.objective.reference = (WithoutAdapters if began_as_base else Kept)(trainer.model, vocab_size)
         case "frozen":
-            objective.reference = Kept(policy, shape.vocab_size)
+            trainer.objective.reference = Kept(trainer.model, vocab_size)
         case "cached":
-            options = {
-                "weights": start_hash(config),
-                "precision": config.train.precision,
-                "seq_len": config.data.seq_len,
-                "rows": 2 * config.train.micro_batch_size,  # no gradients are kept, so more fits
-            }
-            for source in settled.sources:
-                with trainer.autocast():
-                    cache_reference(policy, source.prepared, **options, dist=dist, vocab_size=shape.vocab_size)
+            rows = 2 * config.train.micro_batch_size  # no gradients are kept, so more fits
+            options = {"seq_len": config.data.seq_len, "rows": rows, "vocab_size": vocab_size, **made_from}
+            with trainer.autocast():
+                for source in settled.sources:
+                    cache_reference(trainer.model, source.prepared, **options)
 
 
 def check_reference(trainer: Trainer) -> None:
@@ -155,20 +191,6 @@ def check_reference(trainer: Trainer) -> None:
     reference = trainer.objective.reference
     if isinstance(reference, (Kept, WithoutAdapters)):
         reference.check()
-
-
-def start_hash(config: PreferenceConfig) -> str:
-    """The hash of the weights that the policy begins with; of adapters that go on, of what they were trained on too."""
-    there, own = adapters_at(config.model.path), weights_hash(find_checkpoint(Path(config.model.path)))
-    return f"{there.base_sha256}+{own}" if there else own
-
-
-def preferred_over(config: PreferenceConfig) -> tuple[str | None, dict[str, Any]]:
-    """(where the base of adapters is, what a run must agree on that goes on): the reference too is the same then."""
-    base_path, must_agree = base_of(config)
-    own = dataclasses.asdict(config.dpo)
-    decides = {f"dpo.{name}": own[name] for name in ("loss", "beta", "sft_weight", *config.dpo.options())}
-    return base_path, must_agree | decides | {"start_sha256": start_hash(config)}
 
 
 # --- what came of it --------------------------------------------------------------------------------------------------
@@ -183,10 +205,11 @@ def sum_up_preferences(run: RunDirectory, summary: dict[str, Any]) -> dict[str, 
     """
     if not summary["finished"]:
         return summary
-    before = read_json(run.before) if run.before.exists() else {}
+    evaluated = {"before": read_json(run.before) if run.before.exists() else {}, "after": summary}
+    summary = {name: figure for name, figure in summary.items() if name not in FIGURES}  # of the last step alone
     for name in FIGURES:
-        sides = {"before": before.get(f"val_{name}"), "after": summary.get(f"val_{name}")}
-        if None not in sides.values():
+        sides = {when: row[f"val_{name}"] for when, row in evaluated.items() if row.get(f"val_{name}") is not None}
+        if "after" in sides:
             summary = summary | {name: sides}
     answers = {when: read_answers(run, when) for when in ("before", "after")}
     if all(answers.values()):

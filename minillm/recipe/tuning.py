@@ -15,6 +15,7 @@ from torch import nn
 from minillm.config import Layer, file_layer, lookup, nearest
 from minillm.data.jinja import choose_template
 from minillm.eval.answers import METRICS, check_installed
+from minillm.hf import find_folder
 from minillm.load import Adapters, adapters_in, find_checkpoint, taught_template, weights_hash
 from minillm.lora import LoRAConfig, add_adapters, apply_lora
 from minillm.model.transformer import Transformer
@@ -133,11 +134,12 @@ def base_of(config: TuningConfig) -> tuple[str | None, dict[str, Any]]:
     """(where the base of adapters is, what a run with them must agree on); nothing of the kind without adapters."""
     if not config.lora.r:
         return None, {f"{config.SECTION}.frozen": config.own.frozen}
-    path, there = str(Path(config.model.path).resolve()), adapters_at(config.model.path)
+    there = adapters_at(config.model.path)
     if there:
         path, base_sha256 = there.base_path, there.base_sha256
     else:
-        base_sha256 = weights_hash(find_checkpoint(Path(path)))
+        base_sha256 = hash_at(config.model.path)
+        path = str(find_folder(config.model.path).resolve())
     return path, {"base_sha256": base_sha256, "lora": dataclasses.asdict(config.lora)}
 
 
@@ -147,6 +149,14 @@ def adapters_at(model_path: str | None) -> Adapters | None:
         return adapters_in(find_checkpoint(Path(str(model_path))))
     except ValueError:
         return None
+
+
+def hash_at(model_path: str) -> str:
+    """The hash of the weights that a run begins with. Raises ValueError where they are not there."""
+    try:
+        return weights_hash(find_checkpoint(Path(model_path)))
+    except ValueError as error:
+        raise ValueError(f"model.path: the weights that the run begins with are needed: {error}") from None
 
 
 # --- what it learns from ----------------------------------------------------------------------------------------------
