@@ -1,0 +1,338 @@
+"""`python dpo.py` from a model and a file of preferences to answers: complete, repeatable, clear about mistakes."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from watched import failure, losses
+
+import dpo
+import minillm
+from minillm import checkpoint
+from minillm.log import read_metrics, run_command
+from minillm.lora import adapted
+from minillm.losses import LOSSES
+from minillm.model.config import ModelConfig
+from minillm.model.transformer import Transformer
+from minillm.recipe import wiring
+from minillm.tokenizer import ByteTokenizer
+from minillm.trainer import Trainer
+
+WORDS = ("red", "blue", "green", "black")
+FIGURES = ("logprobs", "reference_logprobs", "rewards", "length")
+KTO = ["--dpo.loss", "kto", "--data.path", "labels.jsonl", "--data.val", "held_labels.jsonl"]
+MIDDLE = "runs/tuned/checkpoints/step-00000003"
+SMALL = """
+[run]
+dir = "runs/tuned"
+device = "cpu"
+[model]
+path = "base"
+[data]
+path = "pairs.jsonl"
+val = "held.jsonl"
+seq_len = 64
+[optim]
+lr = 1e-2
+[train]
+max_steps = 6
+batch_tokens = 256
+micro_batch_size = 2
+save_every = 3
+eval_every = 3
+[dpo]
+predict = 4
+predict_tokens = 8
+predict_some = 0
+[log]
+every = 1
+samples = 1
+curves = false
+"""
+
+
+def write_rows(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_all(directory):
+    """A model that knows nothing, questions of four kinds, each with a good and a bad answer, and a config."""
+    torch.manual_seed(0)
+    tokenizer = ByteTokenizer()
+    shape = ModelConfig(vocab_size=tokenizer.vocab_size, dim=32, n_layers=2, n_heads=2, ffn_dim=64, max_seq_len=64)
+    minillm.save(Transformer(shape), tokenizer, directory / "base")
+    asked = [{"prompt": f"{i % 4}?" + " so" * (i % 3)} for i in range(96)]
+    answers = [(WORDS[i % 4], WORDS[i % 4][::-1]) for i in range(96)]
+    pairs = [{**one, "chosen": good, "rejected": bad} for one, (good, bad) in zip(asked, answers)]
+    said = [{"completion": both[i % 2], "label": i % 2 == 0} for i, both in enumerate(answers)]
+    labels = [one | what for one, what in zip(asked, said)]
+    for name, rows in (("pairs", pairs), ("held", pairs[:4]), ("labels", labels), ("held_labels", labels[:4])):
+        write_rows(directory / f"{name}.jsonl", rows)
+    (directory / "small.toml").write_text(SMALL)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, known_peak):
+    monkeypatch.chdir(tmp_path)
+    write_all(tmp_path)
+    return tmp_path
+
+
+def run(*words):
+    return run_command(dpo.main, ["small.toml", *map(str, words)])
+
+
+def again(directory, *words):
+    return run_command(dpo.main, ["--run.dir", f"runs/{directory}", "--run.resume", *map(str, words)])
+
+
+def summary(name="tuned"):
+    return json.loads(Path(f"runs/{name}/summary.json").read_text())
+
+
+def weights(directory):
+    return minillm.load(directory)[0].state_dict()
+
+
+def same(ours, theirs):
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_leaves_everything_that_it_promises(workplace, capsys):
+    assert run() == 0
+    shown = capsys.readouterr().out
+    rows = read_metrics(Path("runs/tuned/metrics.jsonl"))
+    told = {f"{name}_{side}" for name in FIGURES for side in ("chosen", "rejected")}
+    told |= {"loss", "margin", "preference_accuracy", "ranking_accuracy", "kl"}
+    held_out = {f"val_{name}" for name in told}
+    assert [row["step"] for row in rows if told <= row.keys()] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if held_out <= row.keys()] == [3, 6]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            ratio = row[f"logprobs_{side}"] - row[f"reference_logprobs_{side}"]
+            assert row[f"rewards_{side}"] == pytest.approx(0.1 * ratio, abs=1e-5)
+        assert row["margin"] == pytest.approx(row["rewards_chosen"] - row["rewards_rejected"], abs=1e-6)
+    before = json.loads(Path("runs/tuned/before.json").read_text())
+    assert held_out <= before.keys()
+    assert (before["val_kl"], before["val_margin"], before["val_preference_accuracy"]) == (0, 0, 0.5)
+    found = summary()
+    for name in ("preference_accuracy", "ranking_accuracy", "margin", "kl"):
+        assert found[name] == {"before": before[f"val_{name}"], "after": rows[-1][f"val_{name}"]}
+    assert set(found["exact_match"]) == {"before", "after", "majority", "files"}
+    for when, length in found["answer_length"].items():
+        answered = map(json.loads, Path(f"runs/tuned/predictions/{when}.jsonl").read_text().splitlines())
+        assert length == sum(len(one["answer"].strip()) for one in answered) / 4
+    for words in ("chosen over rejected", "from the reference", "characters of an answer", "minillm chat runs/tuned"):
+        assert words in shown
+    config = json.loads(Path("runs/tuned/config.json").read_text())
+    assert (config["dpo"]["template"], config["dpo"]["reference"]) == ("chatml", "frozen")
+    assert run_command(dpo.main, ["runs/tuned/config.json", "--run.dir", "runs/again"]) == 0
+    assert losses("runs/again") == losses("runs/tuned")
+
+
+def test_what_is_preferred_is_learned(workplace):
+    longer = ["--train.max_steps", 60, "--train.eval_every", 60, "--optim.warmup_steps", 5]
+    assert run(*longer, "--dpo.sft_weight", 1) == 0
+    found = summary()
+    answered = found["exact_match"]
+    assert answered["before"] < answered["after"]
+    assert found["win_rate"] == 0.5 + (answered["after"] - answered["before"]) / 2
+    assert found["preference_accuracy"]["after"] == 1
+    assert found["margin"]["after"] > 0 < found["kl"]["after"]
+
+
+def test_with_nothing_held_out_nothing_is_summed_up_of_it(workplace, capsys):
+    assert run("--data.val", 0, "--dpo.predict", 0) == 0
+    assert "chosen over rejected" not in capsys.readouterr().out
+    assert not {"preference_accuracy", "margin", "kl", "win_rate"} & summary().keys()
+
+
+def test_the_loss_does_not_depend_on_how_a_step_is_divided(workplace):
+    for rows in (1, 2, 4):
+        words = ["--dpo.predict", 0, "--dpo.sft_weight", 0.5]
+        assert run("--run.dir", f"runs/{rows}", "--train.micro_batch_size", rows, *words) == 0
+    for rows in (1, 2):
+        assert_same_run(rows, 4)
+
+
+def assert_same_run(one, other, rel=1e-4):
+    """Up to the order in which numbers are added."""
+    ours, theirs = (read_metrics(Path(f"runs/{name}/metrics.jsonl")) for name in (one, other))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    compared = [name for name in theirs[-1] if name.startswith(("val_", "logprobs", "rewards"))]
+    for mine, their in zip(ours, theirs):
+        for name in ("loss", "grad_norm", "margin", "preference_accuracy", "kl", *compared):
+            if name in mine:
+                assert mine[name] == pytest.approx(their[name], rel=rel, abs=1e-4), (name, mine["step"])
+
+
+def prefer(directory, words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        patch.setattr(wiring, "peak_flops", lambda *_: 1e10)
+        return run(*words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--dpo.reference", "frozen"],
+        ["--dpo.reference", "cached", "--dpo.sft_weight", "1"],
+        ["--parallel.strategy", "fsdp", "--lora.r", "2", "--dpo.reference", "adapters"],
+        ["--parallel.strategy", "fsdp", *KTO],
+    ],
+    ids=str,
+)
+def test_two_ranks_train_what_one_does(workplace, words):
+    assert prefer(workplace, ["--run.dir", "runs/one", *words]) == 0
+    assert run_ranks(2, prefer, workplace, ["--run.dir", "runs/two", *words]) == [0, 0]
+    assert_same_run("two", "one")
+    assert summary("one")["exact_match"] == summary("two")["exact_match"]
+
+
+# --- references and losses --------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_reference_gives_the_same_run(workplace):
+    for kind in ("cached", "frozen", "adapters"):
+        assert run("--run.dir", f"runs/{kind}", "--dpo.reference", kind, "--lora.r", 2, "--dpo.predict", 0) == 0
+    for kind in ("cached", "frozen"):
+        assert_same_run(kind, "adapters")
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ([], "frozen"),
+        (["--lora.r", 2], "adapters"),
+        (["--train.max_epochs", 1, "--train.max_steps", "none"], "cached"),
+        (["--dpo.loss", "orpo"], "auto"),
+    ],
+    ids=str,
+)
+def test_the_cheapest_reference_is_chosen(workplace, words, kind):
+    assert run("--dpo.predict", 0, *words) == 0
+    assert json.loads(Path("runs/tuned/config.json").read_text())["dpo"]["reference"] == kind
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "kto"])
+def test_every_loss_of_pairs_trains(workplace, loss):
+    assert run("--dpo.loss", loss, "--dpo.predict", 0, "--train.max_steps", 20, "--optim.warmup_steps", 2) == 0
+    first, *_, last = read_metrics(Path("runs/tuned/metrics.jsonl"))
+    assert last["margin"] > first["margin"]
+    assert ("reference_logprobs_chosen" in first) == ("kl" in first) == LOSSES[loss].reference
+    assert ("sft_loss" in first) == bool(LOSSES[loss].sft_weight)
+
+
+@pytest.mark.parametrize("words", [KTO, ["--dpo.loss", "kto"]], ids=["labels", "pairs"])
+def test_answers_are_learned_one_by_one(workplace, words):
+    assert run(*words, "--train.max_steps", 20, "--optim.warmup_steps", 2) == 0
+    first, *_, last = read_metrics(Path("runs/tuned/metrics.jsonl"))
+    assert last["val_rewards_chosen"] > last["val_rewards_rejected"]
+    assert 0 == first["kl"] <= last["kl"]
+    assert not {"margin", "preference_accuracy"} & last.keys(), "nothing says which answers belong together"
+    found = summary()
+    assert set(found["kl"]) == {"before", "after"}
+    assert found["exact_match"].keys() >= {"before", "after"}
+
+
+# --- stopped and continued --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--dpo.reference", "cached", "--dpo.sft_weight", 0.5],
+        ["--dpo.reference", "frozen"],
+        ["--dpo.reference", "adapters", "--lora.r", 2, "--lora.dropout", 0.1],
+        ["--dpo.reference", "frozen", "--lora.r", 2, "--lora.modules_to_save", "norm"],
+        KTO,
+        ["--dpo.loss", "simpo"],
+    ],
+    ids=str,
+)
+def test_a_stopped_run_goes_on_bitwise(workplace, words):
+    assert run(*words) == 0
+    assert run_command(dpo.main, ["--run.dir", "runs/on", "--run.resume", MIDDLE]) == 0
+    assert losses("runs/on") == losses("runs/tuned")[3:]
+    assert same(weights("runs/on"), weights("runs/tuned"))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_that_is_stopped_while_it_answers_answers_when_it_goes_on(workplace, monkeypatch, when):
+    assert run("--run.dir", "runs/whole") == 0
+    answer = dpo.answer_held_out
+
+    def stopped(now, *arguments):
+        if now == when:
+            os.kill(os.getpid(), signal.SIGTERM)
+        answer(now, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "answer_held_out", stopped)
+        with pytest.raises(SystemExit) as stop:
+            run()
+    assert stop.value.code == 0
+    for _ in range(2):  # the second time there is nothing to do
+        assert run("--run.resume", "auto") == 0
+        for name in ("exact_match", "preference_accuracy", "kl", "win_rate", "answer_length"):
+            assert summary()[name] == summary("whole")[name]
+        assert losses("runs/tuned") == losses("runs/whole")
+
+
+def test_a_signal_ends_the_step_and_the_run_goes_on(workplace, monkeypatch):
+    assert run("--run.dir", "runs/whole") == 0
+    step = Trainer.step
+
+    def stopped(self):
+        if self.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopped)
+        assert run() == 0
+    assert summary()["finished"] is False
+    assert run("--run.resume", "auto") == 0
+    assert losses("runs/tuned") == losses("runs/whole")
+    assert summary()["preference_accuracy"] == summary("whole")["preference_accuracy"]
+
+
+def test_adapters_are_trained_and_saved_alone(workplace):
+    assert run("--lora.r", 2, "--lora.targets", "attn") == 0
+    newest = checkpoint.latest(Path("runs/tuned/checkpoints"))
+    names = checkpoint.describe(checkpoint.read(newest)[1], skip=checkpoint.OPTIM)
+    assert names
+    assert all(name.endswith(("lora_a", "lora_b")) for name in names)
+    tuned, base = weights("runs/tuned"), weights("base")
+    assert all(torch.equal(tuned[name], base[name]) for name in base)
+    assert len(adapted(minillm.load("runs/tuned")[0])) == 8
+
+
+@pytest.mark.parametrize("words", [["--dpo.loss", "orpo"], ["--dpo.reference", "cached"]], ids=str)
+def test_a_run_that_needs_the_model_no_more_goes_on_without_it(workplace, words):
+    assert run(*words) == 0
+    Path("base").rename("moved")
+    assert again("tuned", "auto", "--train.max_steps", 8) == 0
+    assert [row["step"] for row in losses("runs/tuned")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("words", [["--dpo.reference", "frozen"], ["--lora.r", 2]], ids=str)
+def test_a_run_that_needs_the_model_says_so(workplace, capsys, words):
+    assert run(*words) == 0
+    Path("base").rename("moved")
+    line = failure(capsys, again, "tuned", "auto", "--train.max_steps", 8)
+    assert line.startswith("error: model.path: the weights that the run begins with are needed: ")
+
+
+def test_patience_keeps_the_best_step(workplace):
+    assert run("--train.patience", 1, "--train.eval_every", 1, "--optim.lr", 0.1, "--train.max_steps", 30) == 0
+    found = summary()
+    assert found["stopped_by"] == "train.patience"
+    assert minillm.load("runs/tuned", step=found["best_step"])
