@@ -84,7 +84,7 @@ def adapters(**fields):
         (adapters(), {"dim": 256, "ffn_dim": 688}, {"rows": 1, "seq_len": 32}),
         (adapters(), {"dim": 256, "ffn_dim": 688}, {"rows": 1, "seq_len": 64, "accumulates": True}),
         (adapters(base_precision="bf16"), {"dim": 256, "ffn_dim": 688}, {"rows": 1, "seq_len": 32}),
-        (adapters(), {}, {"precision": "bf16"}),
+        (adapters(), {}, {"precision": "bf16", "seq_len": 64}),
         (adapters(), {}, {"activation_checkpointing": "full"}),
         (adapters(dropout=0.1), {}, {}),
         (adapters(modules_to_save=["embed"]), {"vocab_size": 8000}, {}),

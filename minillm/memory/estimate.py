@@ -80,7 +80,7 @@ def estimate(config: ModelConfig, optim: OptimConfig, setting: Setting, layout: 
     moments = moment_bytes(config, optim.name, optim.momentum, layout, setting.adapt)
 
     attention, rest = block_bytes(config, setting, layout.tp)
-    adapters = adapter_bytes(config, setting)
+    adapters = adapter_bytes(config, setting.adapt, number) if setting.adapt else 0
     stream = FP32 * config.dim // layout.tp  # tensor parallelism cuts it along the sequence
     kept = {"none": attention + rest, "selective": stream + rest, "full": stream}[mode]
     again = {"none": 0, "selective": attention, "full": attention + rest}[mode]
@@ -162,11 +162,11 @@ def block_bytes(config: ModelConfig, setting: Setting, tp: int = 1) -> tuple[int
     return attention, rest
 
 
-@lru_cache(maxsize=64)
-def adapter_bytes(config: ModelConfig, setting: Setting) -> int:
+@lru_cache(maxsize=8)
+def adapter_bytes(config: ModelConfig, adapt: Adapt, number: int) -> int:
     """Bytes a token that adapters keep for the backward pass, over all blocks, beside what the layers keep."""
-    number, total = number_bytes(setting), 0
-    for layer in adapted(on_meta(config, setting.adapt)).values() if setting.adapt else ():
+    total = 0
+    for layer in adapted(on_meta(config, adapt)).values():
         total += number * layer.config.r
         if layer.config.dropout:  # the inputs that are left, and which
             total += (number + 1) * layer.in_features
