@@ -98,6 +98,7 @@ class Parrot(torch.nn.Module):
 
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=40)
+LONG = SamplingParams(min_new_tokens=34)
 
 
 def summary(completion):
@@ -221,6 +222,14 @@ def test_new_tokens_beyond_the_context():
     refused("^max_new_tokens: 40 after a prompt of 31 tokens makes 71, .* 64; ask for at most 33", "x" * 30)
 
 
+def test_more_tokens_at_least_than_are_made():
+    refused("^min_new_tokens: 34 is more than the 33 that are made where max_new_tokens is not set", "x" * 30, LONG)
+
+
+def test_params_that_are_none():
+    refused("^params: a SamplingParams is expected, not {'top_k': 5}", params={"top_k": 5})
+
+
 def test_one_bad_prompt_in_a_list():
     refused("after a prompt of 71 tokens", ["fine", "x" * 70])
 
@@ -242,6 +251,8 @@ def test_prompts_that_are_neither_text_nor_tokens():
     refused("a text, or a list of tokens, is expected, not .*5.5", [5.5, 6])
     refused("is expected, not .*3", ["fine", 3])
     refused(r"is expected, not \[1, 'a'\]", [1, "a"])
+    refused("is expected, not {'prompt': 'a'}", {"prompt": "a"})
+    refused("is expected, not {'a'}", {"a"})
     refused("is expected, not None", None)
     refused("is expected, not 5", 5)
 

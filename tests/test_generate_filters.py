@@ -142,7 +142,7 @@ def test_top_p_of_a_flat_distribution_over_many_tokens(transformers):
 
 def test_top_p_keeps_the_fewest_that_reach_p():
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
-    for p, kept in [(0.4, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (0.95, [0, 1, 2, 3])]:
+    for p, kept in [(1e-300, [1]), (0.4, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (0.95, [0, 1, 2, 3])]:
         assert apply_top_p(logits, p).isfinite().nonzero().flatten().tolist() == kept
 
 

@@ -229,7 +229,7 @@ def test_verbs_import_export_and_generate(tmp_path, capsys):
         dispatch(["generate", path, "--prompt", "bad", "--temperature", "0", "--max_new_tokens", "3"])
         texts.append(capsys.readouterr().out)
     assert texts[0].startswith("bad")
-    with pytest.raises(ValueError, match="max_shard_size: our own format is one file"):
+    with pytest.raises(ValueError, match="max_shard_size: only --format hf writes several"):
         dispatch(["export", ours, str(tmp_path / "more"), "--max_shard_size", "1GB"])
     with pytest.raises(ValueError, match="no Hugging Face folder"):
         dispatch(["import", ours, str(tmp_path / "more")])

@@ -18,7 +18,7 @@ Shapes: n or B rows, V vocab.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -303,11 +303,11 @@ def generate(
     list. `max_rows` and `compile` are those of `Engine`.
     Raises ValueError before any work when a prompt, or what is asked of it, does not fit the model's context.
     """
-    if not hasattr(prompts, "__len__"):
+    if not hasattr(prompts, "__getitem__") or isinstance(prompts, Mapping):
         raise ValueError(f"prompts: a text, a list of tokens, or a list of these is expected, not {prompts!r}")
     one = isinstance(prompts, str) or (len(prompts) > 0 and is_token(prompts[0]))
     prompts = [prompts] if one else prompts
-    if params is None or isinstance(params, SamplingParams):
+    if not isinstance(params, list | tuple):
         params = [params] * len(prompts)
     if len(params) != len(prompts):
         raise ValueError(f"params: {len(params)} of them for {len(prompts)} prompts; give one for all, or one a prompt")

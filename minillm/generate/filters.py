@@ -142,6 +142,7 @@ def apply_top_p(logits: Tensor, p: float) -> Tensor:
     if (ordered.sum(dim=-1) < p).any():
         ordered = probs.sort(dim=-1, descending=True).values
     before = ordered.cumsum(dim=-1) - ordered  # what the more likely ones sum to: 0 for the first, so that one is kept
+    p = max(p, torch.finfo(probs.dtype).tiny)  # any smaller is 0 in this dtype, and the first would not be kept
     smallest = ordered.masked_fill(before >= p, math.inf).amin(dim=-1, keepdim=True)
     return logits.masked_fill(probs < smallest, -math.inf)
 

@@ -68,7 +68,9 @@ def make_request(
 
     A text is encoded with bos in front, the way training documents begin; an empty one starts from bos alone.
     """
-    params = params or SamplingParams()
+    params = SamplingParams() if params is None else params
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"params: a SamplingParams is expected, not {params!r}")
     if not config.causal:
         raise ValueError("a bidirectional model (causal = false) cannot generate text")
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -96,5 +98,9 @@ def make_request(
             f"max_new_tokens: {new} after a prompt of {len(tokens)} tokens makes {len(tokens) + new}, more than the "
             f"model's max_seq_len {config.max_seq_len}; "
             + (f"ask for at most {room}" if room > 0 else f"shorten the prompt by at least {1 - room} tokens")
+        )
+    if params.min_new_tokens > new:  # there is no max_new_tokens then
+        raise ValueError(
+            f"min_new_tokens: {params.min_new_tokens} is more than the {new} that are made where max_new_tokens is not set"
         )
     return Request(tokens, params, new, params.stop_ids(tokenizer and tokenizer.eos_id))
