@@ -26,7 +26,7 @@ from minillm.data.stories import pairs
 from minillm.data.trees import PairsConfig
 from minillm.preference import Frozen, Preference
 
-TOLD, WEIGHTS, SEQ_LEN, ROWS = " {}, they say.", (0.0, 0.1, 1.0), 256, 8
+TOLD, WEIGHTS, SEQ_LEN, ROWS = " {}, they say.", (0.0, 0.2, 1.0), 256, 8
 SHOWN = {
     "logprobs_chosen": "log p, chosen",
     "logprobs_rejected": "log p, rejected",
