@@ -101,6 +101,7 @@ def make_request(
         )
     if params.min_new_tokens > new:  # there is no max_new_tokens then
         raise ValueError(
-            f"min_new_tokens: {params.min_new_tokens} is more than the {new} that are made where max_new_tokens is not set"
+            f"min_new_tokens: {params.min_new_tokens} is more than the {new} that are made "
+            "where max_new_tokens is not set"
         )
     return Request(tokens, params, new, params.stop_ids(tokenizer and tokenizer.eos_id))
