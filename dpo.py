@@ -57,9 +57,17 @@ def main(argv: Sequence[str]) -> int:
         model = build_model(settled, partial(adapt, config=config))
         objective = preference_objective(settled)
         base_path, must_agree = preferred_over(settled.config, start)
-        some_answers = partial(answer_some, model, settled)
-        watched = [*trackers, FallingChosen()]
-        trainer = make_trainer(settled, model, objective, run, watched, base_path, must_agree, some_answers, objective)
+        trainer = make_trainer(
+            settled,
+            model,
+            objective,
+            run,
+            [*trackers, FallingChosen()],
+            base_path=base_path,
+            must_agree=must_agree,
+            more_figures=partial(answer_some, model, settled),
+            measure=objective,
+        )
         refer = at_first(settled, must_agree.get("start_sha256"), start)
         goes_on = begin(trainer, run, tokenizer, start, config.model.path, refer)
         if not goes_on and not unanswered(settled, run):

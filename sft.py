@@ -44,8 +44,16 @@ def main(argv: Sequence[str]) -> int:
         model = build_model(settled, partial(adapt, config=config))
         objective = answers_objective(config, settled.shape.vocab_size)
         base_path, must_agree = base_of(config)
-        some_answers = partial(answer_some, model, settled)
-        trainer = make_trainer(settled, model, objective, run, trackers, base_path, must_agree, some_answers)
+        trainer = make_trainer(
+            settled,
+            model,
+            objective,
+            run,
+            trackers,
+            base_path=base_path,
+            must_agree=must_agree,
+            more_figures=partial(answer_some, model, settled),
+        )
         goes_on = begin(trainer, run, tokenizer, start, config.model.path)
         if not goes_on and not unanswered(settled, run):
             return 0

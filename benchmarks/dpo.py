@@ -78,7 +78,9 @@ def ours(start: Start, lesson: Lesson) -> Iterator[Ours]:
             settled = with_reference(settle(config, tokenizer, sources, dist))
             model = build_model(settled, partial(adapt, config=config))
             base_path, must_agree = preferred_over(config)
-            trainer = make_trainer(settled, model, preference_objective(settled), run, (), base_path, must_agree)
+            trainer = make_trainer(
+                settled, model, preference_objective(settled), run, base_path=base_path, must_agree=must_agree
+            )
             begin(trainer, run, tokenizer, None, config.model.path)
 
             def pass_over() -> None:

@@ -13,7 +13,7 @@ from minillm.tokenizer import Tokenizer
 
 WIDTH = 160  # characters of a question, and of an answer
 PREFERENCES = {  # what is summed up of pairs: in words, and as which number
-    "preference_accuracy": ("chosen over rejected, beside the reference", ".1%"),
+    "preference_accuracy": ("chosen over rejected, by reward", ".1%"),
     "ranking_accuracy": ("chosen likelier than rejected", ".1%"),
     "margin": ("margin between the rewards", ".3f"),
     "kl": ("distance from the reference, k2, nats a token", ".3f"),

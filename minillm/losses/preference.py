@@ -150,8 +150,8 @@ class PreferenceLoss(NamedTuple):
     options: tuple[str, ...] = ()  # the other numbers that it takes
 
 
-# Losses that ask for a distance alone let both answers become unlikely, and an SFT term of this weight halves that at
-# no cost in accuracy (docs/preferences.md has the figures). To ORPO it belongs; KTO looks at each answer by itself.
+# Losses that ask for a distance alone let both answers become unlikely, which an SFT term of this weight stops
+# (docs/preferences.md has the figures). To ORPO it belongs; KTO looks at each answer by itself.
 KEEPS_CHOSEN = 0.2
 
 LOSSES = {

@@ -160,14 +160,15 @@ def make_trainer(
     objective: Objective,
     run: RunDirectory,
     trackers: Sequence[Tracker] = (),
+    *,
     base_path: str | None = None,
-    more_identity: Mapping[str, Any] = MappingProxyType({}),
+    must_agree: Mapping[str, Any] = MappingProxyType({}),
     more_figures: Callable[[], dict[str, float]] = dict,
     measure: Objective | None = None,
 ) -> Trainer:
     """The trainer of a model on an objective, and its evaluation by `measure`, or else by the loss of the next token.
 
-    `base_path`: as in Trainer. `more_identity`: what a run that is continued must agree on beside what is usual.
+    `base_path`: as in Trainer. `must_agree`: what a run that is continued must agree on beside what is usual.
     `more_figures`: what an evaluation tells beside the loss.
     """
     config, dist = settled.config, settled.dist
@@ -210,7 +211,7 @@ def make_trainer(
             "run.seed": config.run.seed,
             "optim.name": optim.name,
             **{f"model.{name}": value for name, value in dataclasses.asdict(shape).items()},
-            **more_identity,
+            **must_agree,
         },
         config_dict=to_dict(config),
         trackers=trackers,
