@@ -184,6 +184,30 @@ def test_a_run_that_is_stopped_while_it_answers_answers_when_it_goes_on(workplac
         assert losses("runs/tuned") == losses("runs/whole")
 
 
+def test_a_stop_while_evaluating_does_not_wait_for_answers(workplace, monkeypatch):
+    assert run("--run.dir", "runs/whole") == 0
+    evaluate, answer, evaluated, answered = wiring.evaluate, sft.answer_some, [], []
+
+    def stopped(*arguments):
+        figures = evaluate(*arguments)
+        evaluated.append(figures)
+        if len(evaluated) == 2:  # once before the first step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return figures
+
+    def counted(*arguments):
+        answered.append(len(evaluated))
+        return answer(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wiring, "evaluate", stopped)
+        patch.setattr(sft, "answer_some", counted)
+        assert run() == 0
+    assert answered == [1]
+    assert run("--run.resume", "auto") == 0
+    assert losses("runs/tuned") == losses("runs/whole")
+
+
 def test_adapters_are_trained_and_saved_alone(workplace):
     assert run("--lora.r", 2, "--lora.targets", "attn") == 0
     newest = checkpoint.latest(Path("runs/tuned/checkpoints"))

@@ -250,6 +250,7 @@ def make_evaluation(
         for source in sources:
             known = objective.prepare(model, batches(source), dist.sum) if hasattr(objective, "prepare") else objective
             figures.append(evaluate(model, batches(source), known, token_bytes, dist.sum, dist.device))
+        raise_if_stopped()  # what comes is longer than a batch
         if not sources[0].name:
             return figures[0] | more_figures()
         whole = mixture([(source.name, source.share, found) for source, found in zip(sources, figures)])
