@@ -23,6 +23,7 @@ C = TypeVar("C")
 NOWHERE = Layer("defaults", {})
 # What may differ from the model that training starts from: no weight depends on it.
 MAY_DIFFER = ("max_seq_len", "rope_theta", "rope_scaling", "rope_factor", "rope_original_len", "dropout")
+MADE_BY = {RunConfig.dir: "train.py", f"{RunConfig.dir}-sft": "sft.py"}  # without arguments
 NUMBERS_OF_RANKS = ("parallel.dp_replicate", "parallel.dp_shard", "parallel.tp")
 LIMITS = ("train.max_steps", "train.max_tokens", "train.max_epochs")
 
@@ -92,8 +93,9 @@ def source_layer(given: Sequence[Layer], resumed: Path | None = None) -> list[La
         return [Layer(origin, {}, (f"model.path: {path} is in the directory of this very run, {run}; {ways}",))]
     if resumed is not None:
         return []
-    if str(path) == RunConfig.dir and not source.exists():
-        missing = f"model.path: there is no {path} yet; run `python train.py` first, or give the model to start from"
+    if str(path) in MADE_BY and not source.exists():
+        made = f"run `python {MADE_BY[str(path)]}` first"
+        missing = f"model.path: there is no {path} yet; {made}, or give the model to start from"
         return [Layer(origin, {}, (missing,))]
     try:
         folder = find_checkpoint(Path(str(path)), skip=checkpoint.TENSORS)  # its weights are proved when they are read
