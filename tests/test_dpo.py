@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -336,3 +337,124 @@ def test_patience_keeps_the_best_step(workplace):
     found = summary()
     assert found["stopped_by"] == "train.patience"
     assert minillm.load("runs/tuned", step=found["best_step"])
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def write_wrong():
+    """Preferences with which something is wrong, and a model without its tokenizer."""
+    shutil.copytree("base", "bare")
+    Path("bare/tokenizer.json").unlink()
+    row = {"prompt": "0?", "chosen": "red", "rejected": "blue"}
+    write_rows("halves.jsonl", [row, {name: row[name] for name in ("prompt", "chosen")}])
+    write_rows("unasked.jsonl", [{"chosen": "red", "rejected": "blue"}])
+    write_rows("alike.jsonl", [row | {"rejected": "red"}] * 4)
+    write_rows("silent.jsonl", [row | {"rejected": ""}] * 4)
+    write_rows("unsure.jsonl", [{"prompt": "0?", "completion": "red", "label": "perhaps"}])
+    write_rows("talk.jsonl", [{"prompt": "0?", "response": "red"}])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model.path", "runs/quickstart-sft"], "there is no runs/quickstart-sft yet; run `python sft.py` first"),
+        (["--model.path", "nowhere"], "model.path: nowhere"),
+        (["--model.path", "bare"], "model.path: no tokenizer is beside bare"),
+        (["--data.path", "nothing.json"], "nothing.json"),
+        (["--data.path", "halves.jsonl"], 'halves.jsonl:2: field "rejected" is missing (found: prompt, chosen)'),
+        (["--data.path", "unasked.jsonl"], "unasked.jsonl:1: "),
+        (["--data.path", "alike.jsonl"], "none is left for train, 4 have equal answers"),
+        (["--data.path", "silent.jsonl"], "none is left for train, 4 have an empty answer"),
+        (["--data.path", "labels.jsonl"], "labels.jsonl:1: one answer with a label; the loss compares two"),
+        (["--data.path", "talk.jsonl"], "talk.jsonl:1: "),
+        (["--dpo.loss", "kto", "--data.path", "talk.jsonl"], "talk.jsonl:1: "),
+        (["--dpo.loss", "kto", "--data.path", "unsure.jsonl"], "'perhaps'; true or false is expected"),
+        (["--data.seq_len", 8], "data.path: of 100 preferences none is left for train, "),
+        (["--data.seq_len", 100, "--train.batch_tokens", 200], "data.seq_len: 100 is longer than model.max_seq_len 64"),
+        (["--dpo.template", "llama-3"], "dpo.template: the tokenizer has no <|begin_of_text|>"),
+        (["--dpo.reference", "adapters"], "dpo.reference: there are no adapters to leave out; give lora.r"),
+        (["--dpo.reference", "cached", "--dpo.loss", "orpo"], "dpo.reference: the loss orpo has none"),
+        (["--dpo.gamma", 1], "dpo.gamma: has no effect on the loss dpo"),
+        (["--dpo.loss", "kto", "--dpo.label_smoothing", 0.1], "dpo.label_smoothing: has no effect on the loss kto"),
+        (["--dpo.loss", "dop"], "dpo.loss is 'dop' (did you mean dpo?)"),
+        (["--dpo.beta", 0], "dpo.beta is 0.0; it must be > 0"),
+        (["--train.z_loss", 0.1], "train.z_loss: is of the loss of the next token"),
+        (["--dpo.frozen", "embed", "--lora.r", 2], "dpo.frozen: with adapters"),
+        (["--dpo.metrics", "exactmatch"], "did you mean exact_match?"),
+        (["--dpo.betta", 3], "did you mean dpo.beta"),
+        (["--sft.template", "chatml"], "did you mean dpo.template?"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_told_in_one_line(workplace, capsys, words, said):
+    write_wrong()
+    line = failure(capsys, run, *words)
+    assert said in line
+    assert line.count("\n") == 1
+    assert not Path("runs/tuned/config.json").exists()
+
+
+def test_a_model_keeps_the_template_that_it_was_taught(workplace, capsys):
+    few = ["--train.max_steps", 1, "--dpo.predict", 0]
+    assert run(*few, "--dpo.template", "plain") == 0
+    on = ["--model.path", "runs/tuned", "--run.dir", "runs/on", *few]
+    line = failure(capsys, run, *on, "--dpo.template", "chatml")
+    assert "dpo.template: chatml is given, but the model was taught plain; leave it out" in line
+    assert run(*on) == 0
+    assert json.loads(Path("runs/on/config.json").read_text())["dpo"]["template"] == "plain"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--dpo.beta", 0.2], "dpo.beta was None, is 0.2"),
+        (["--dpo.sft_weight", 2], "dpo.sft_weight was None, is 2.0"),
+        (["--dpo.label_smoothing", 0.1], "dpo.label_smoothing was None, is 0.1"),
+        (["--dpo.loss", "hinge"], "dpo.loss was dpo, is hinge"),
+        (["--data.path", "other.jsonl"], "data_hash was"),
+    ],
+    ids=str,
+)
+def test_a_run_that_goes_on_prefers_the_same_in_the_same_way(workplace, capsys, words, said):
+    assert run("--dpo.predict", 0) == 0
+    write_rows("other.jsonl", [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()[1:]])
+    line = failure(capsys, again, "tuned", "auto", "--train.max_steps", 8, *words)
+    assert "another run than the one to be continued" in line
+    assert said in line
+
+
+def other_weights():
+    """Another model in the place of the one that runs start from."""
+    model, tokenizer = minillm.load("base")
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+    shutil.rmtree("base")
+    minillm.save(model, tokenizer, "base")
+
+
+@pytest.mark.parametrize("words", [["--dpo.reference", "cached"], ["--lora.r", 2]], ids=str)
+def test_a_run_does_not_go_on_beside_another_reference(workplace, capsys, words):
+    assert run("--dpo.predict", 0, *words) == 0
+    other_weights()
+    assert "sha256 was" in failure(capsys, again, "tuned", "auto", "--train.max_steps", 8)
+
+
+def test_what_was_cached_of_other_weights_or_data_is_said_and_computed_anew(workplace, capsys):
+    words = ["--dpo.reference", "cached", "--dpo.predict", 0, "--train.max_steps", 1]
+
+    def said(name):
+        capsys.readouterr()
+        assert run("--run.dir", f"runs/{name}", *words) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("reference: ")]
+
+    (first,) = said("first")
+    assert "none is kept for this model and data; computing" in first
+    assert said("second") == []
+    other_weights()
+    (third,) = said("third")
+    assert "is of other weights); computing" in third
+    assert losses("runs/third")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    write_rows("pairs.jsonl", [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()[1:]])
+    (fourth,) = said("fourth")
+    assert "none is kept for this model and data; computing" in fourth
