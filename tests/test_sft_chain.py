@@ -1,18 +1,21 @@
 """A model of Hugging Face's goes through every command, to one that transformers reads and that is the same."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from published_templates import QWEN
 
+import dpo
 import minillm
 import sft
 from minillm import cli
 from minillm.data.chat import find_template, prompt, render, stop_ids
 from minillm.data.chat_templates import Message
 from minillm.data.conversations import conversation_of
+from minillm.data.preferences import preference_of
 from minillm.hf.export import QWEN2_WORDS
 from minillm.load import export_hugging_face
 from minillm.log import run_command
@@ -45,21 +48,42 @@ def write_theirs(folder: Path, tokenizer: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(json.loads((tokenizer / "tokenizer.json").read_text()) | RULES))
 
 
-@pytest.fixture(scope="module")
-def conversations(real_data) -> list[list[Message]]:
-    rows = json.loads((real_data / "alpaca_zh.json").read_text())
-    short = [row for row in rows if len(row["instruction"] + row["output"]) < 150]
-    found = [conversation_of(row).messages for row in short[:ROWS]]
-    # without white space where an answer begins: transformers makes one token of it and of the end of the prompt
-    return [[Message(message.role, message.content.strip()) for message in messages] for messages in found]
+def stripped(messages) -> list[Message]:
+    """Without white space where an answer begins: transformers makes one token of it and of the end of the prompt."""
+    return [Message(message.role, message.content.strip()) for message in messages]
+
+
+def real_rows(folder: Path, name: str) -> list[dict[str, list[Message]]]:
+    """Some short rows of real text: conversations, or pairs."""
+    rows = json.loads((folder / name).read_text())
+    if name == "alpaca_zh.json":
+        short = [row for row in rows if len(row["instruction"] + row["output"]) < 150]
+        return [{"messages": stripped(conversation_of(row).messages)} for row in short[:ROWS]]
+    pairs = [preference_of(row) for row in sorted(rows, key=lambda row: len(str(row)))[:ROWS]]
+    return [
+        {"messages": stripped(one.prompt), "chosen": stripped(one.chosen), "rejected": stripped(one.rejected)}
+        for one in pairs
+    ]
+
+
+@pytest.fixture(scope="module", params=[(sft.main, "alpaca_zh.json"), (dpo.main, "dpo_zh.json")], ids=["sft", "dpo"])
+def learned(request, real_data) -> tuple[Callable, list[dict[str, list[Message]]]]:
+    """A script, and what it learns from."""
+    script, name = request.param
+    return script, real_rows(real_data, name)
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory, real_data, conversations) -> Path:
+def conversations(learned) -> list[list[Message]]:
+    return [[*row["messages"], *row.get("chosen", [])] for row in learned[1]]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, real_data, learned) -> Path:
     """Every command once, one after the other."""
-    folder = tmp_path_factory.mktemp("chain")
+    folder, (script, rows) = tmp_path_factory.mktemp("chain"), learned
     write_theirs(folder / "theirs", real_data / "hf_tokenizer")
-    said = [{"messages": [message._asdict() for message in messages]} for messages in conversations]
+    said = [{part: [one._asdict() for one in row[part]] for part in row} for row in rows]
     (folder / "chats.json").write_text(json.dumps(said, ensure_ascii=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -67,7 +91,7 @@ def chain(tmp_path_factory, real_data, conversations) -> Path:
         run(cli.dispatch, "import", "theirs", "ours")
         learning = ["--lora.r", 4, "--data.seq_len", 256, "--train.batch_tokens", 512, "--optim.lr", 1e-2]
         running = ["--run.dir", "run", "--run.device", "cpu", "--train.max_steps", 6, "--log.curves", "false"]
-        run(sft.main, "--model.path", "ours", "--data.path", "chats.json", "--data.val", 0, *learning, *running)
+        run(script, "--model.path", "ours", "--data.path", "chats.json", "--data.val", 0, *learning, *running)
         run(cli.dispatch, "merge", "run", "merged")
         run(cli.dispatch, "export", "merged", "back", "--format", "hf")
     return folder
