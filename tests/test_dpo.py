@@ -14,7 +14,8 @@ from watched import failure, losses
 
 import dpo
 import minillm
-from minillm import checkpoint
+from minillm import checkpoint, cli
+from minillm.data import stories
 from minillm.log import read_metrics, run_command
 from minillm.lora import adapted
 from minillm.losses import LOSSES
@@ -195,6 +196,42 @@ def test_two_ranks_train_what_one_does(workplace, words):
     assert run_ranks(2, prefer, workplace, ["--run.dir", "runs/two", *words]) == [0, 0]
     assert_same_run("two", "one")
     assert summary("one")["exact_match"] == summary("two")["exact_match"]
+
+
+def test_the_embedded_pairs_are_learned_without_a_word(workplace, capsys, monkeypatch):
+    """As after `python sft.py`, but for a smaller model, and fewer of them."""
+    monkeypatch.setattr(stories, "N_PAIRS", 400)
+    monkeypatch.setattr(stories, "N_HELD_OUT", 20)
+    minillm.save(*minillm.load("base"), "runs/quickstart-sft")
+    end = ["--train.max_steps", "2", "--dpo.predict", "6", "--log.curves", "false"]
+    assert run_command(dpo.main, [*end, "--model.max_seq_len", "400", "--dpo.template", "plain"]) == 0
+    assert "unknown" in summary("quickstart-dpo")["exact_match"]["files"]["after"]
+    capsys.readouterr()
+    assert run_command(cli.dispatch, ["data", "inspect", "runs/quickstart-dpo", "--step", "2", "--rows", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "   prompt  <s>" in shown
+    assert "   chosen  ⟦ " in shown
+    assert " rejected  ⟦ " in shown
+
+
+@pytest.mark.parametrize("words", [["--lora.r", 2], KTO], ids=["adapters", "kto"])
+def test_every_command_reads_what_was_trained(workplace, capsys, words):
+    assert run(*words) == 0
+    for verb in (
+        ["data", "inspect", "runs/tuned", "--step", "2", "--rows", "1"],
+        ["generate", "runs/tuned", "--prompt", "0?", "--max_new_tokens", "4"],
+        ["plan", "runs/tuned/config.json", "--gpus", "1"],
+    ):
+        capsys.readouterr()
+        assert run_command(cli.dispatch, verb) == 0
+        assert capsys.readouterr().out
+
+
+def test_help_explains_every_field(capsys):
+    assert run_command(dpo.main, ["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in ("dpo.loss", "dpo.beta", "dpo.reference", "dpo.template", "lora.r", "data.columns", "model.path"):
+        assert f"--{name}\n" in text
 
 
 # --- references and losses --------------------------------------------------------------------------------------------

@@ -112,6 +112,15 @@ def test_what_is_sent_is_what_the_collectives_send(config):
     assert found["fsdp 8 ZeRO-3"]["sent_bytes"] == freed
 
 
+def test_a_frozen_reference_is_a_copy_and_a_forward_more(config):
+    words = "--gpus 8 --train.micro_batch_size 8 --parallel.strategy fsdp --parallel.tp 1".split()
+    cached, frozen = (planned(config, *words, "--dpo.reference", kind)["layouts"] for kind in ("cached", "frozen"))
+    for one, other in zip(cached, frozen):
+        copy = other["memory"]["weights"] - one["memory"]["weights"]
+        assert copy == one["memory"]["weights"] == other["memory"]["peak"] - one["memory"]["peak"]
+        assert other["step_seconds"] > one["step_seconds"]
+
+
 def test_what_is_given_is_kept(config):
     words = ["--gpus", 16, "--parallel.strategy", "hsdp", "--parallel.dp_shard", 4, "--train.micro_batch_size", 2]
     found = planned(config, *words, "--train.activation_checkpointing", "full")["layouts"]

@@ -96,9 +96,15 @@ def candidate(plan: Plan, run: Run, layout: Layout, reshard: bool, mode: str, ro
         adapt=run.adapt,
     )
     memory = estimate(run.model, run.optim, setting, layout)
+    if plan.dpo.reference == "frozen":
+        copy = FP32 * held_parameters(run.model, layout, run.adapt).trained
+        memory = dataclasses.replace(memory, weights=memory.weights + copy, peak=memory.peak + copy)
     data_parallel, tensor_parallel = sending(plan, run, layout, setting, forwards)
     tokens = forwards * rows * run.seq_len  # of each data-parallel rank, those of padding included
-    computing = tokens * step_flops(run.model, run.seq_len, mode, run.adapt) / layout.tp / (plan.mfu * plan.peak_of_gpu)
+    flops = step_flops(run.model, run.seq_len, mode, run.adapt)
+    if plan.dpo.reference in ("frozen", "adapters"):  # a forward more
+        flops += flops_per_token(run.model, run.seq_len) / 3
+    computing = tokens * flops / layout.tp / (plan.mfu * plan.peak_of_gpu)
     seconds = max(computing, data_parallel.seconds) + tensor_parallel.seconds
     sent = round(data_parallel.bytes + tensor_parallel.bytes)
     room = usable(round(plan.memory_of_gpu * GIB), "cuda")

@@ -14,6 +14,8 @@ from minillm.model.config import ModelConfig, ModelSection
 from minillm.model.presets import preset
 from minillm.model.transformer import Transformer
 from minillm.optim import OptimConfig
+from minillm.recipe.dpo import DPOConfig
+from minillm.recipe.sft import SFTConfig
 from minillm.run import RunConfig
 from minillm.tokenizer import TokenizerConfig, load_tokenizer
 from minillm.trainer import TrainConfig
@@ -22,6 +24,14 @@ from minillm.trainer import TrainConfig
 MEMORY_GIB = {"H200": 139, "H100": 79, "A100": 79, "B200": 178, "L40S": 44, "4090": 23.5}
 BATCH_TOKENS = 524_288  # where none is given: what `recommend` gives large corpora
 SEQ_LEN = 1024
+
+
+@dataclass(frozen=True)
+class PlannedText(DataConfig):
+    """The text of a run of any script; how its rows are read changes nothing of what the run takes."""
+
+    columns: Annotated[list[str], "as in sft.py and dpo.py"] = field(default_factory=list)
+    max_samples: Annotated[int | None, "as in sft.py and dpo.py"] = None
 
 
 @dataclass(frozen=True)
@@ -41,12 +51,14 @@ class Plan:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelSection = field(default_factory=ModelSection)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: PlannedText = field(default_factory=PlannedText)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
 
     def __post_init__(self):
         if self.gpu not in DATASHEET_BF16:
