@@ -4,7 +4,7 @@
 
 The 26M shape of train_step.py in fp32 on a CPU, the same first weights, tokenizer, pairs and tokens on all sides, and
 the same loss, DPO's with beta 0.1. minillm's is what dpo.py builds: its store of trees, loader, objective, reference
-and Trainer; a step is three rows of 1,024 tokens, which hold about four pairs. TRL takes four pairs a step, and else
+and Trainer; a step is two rows of 1,024 tokens, which hold about three pairs. TRL takes four pairs a step, and else
 runs as its authors chose, but for gradient checkpointing and bf16, which are on by default and only cost time on a CPU;
 and with the reference's log-probabilities computed before, its fastest setting here (it has no padding-free mode at
 the moment). To compute those is a part of the time wherever it is done.
@@ -51,10 +51,10 @@ from minillm.preference import target_logprobs
 from minillm.recipe import begin, build_model, make_trainer, open_text, opened, read_config, settle
 from minillm.recipe.dpo import (
     PreferenceConfig,
+    at_first,
     open_pairs,
     preference_objective,
     preferred_over,
-    refer,
     with_reference,
 )
 from minillm.recipe.tuning import adapt, fitting_tuning, with_template
@@ -68,7 +68,7 @@ PEERS: dict[str, Options] = {"TRL": {}, "TRL, reference before": BEFORE}
 @contextmanager
 def ours(start: Start, lesson: Lesson) -> Iterator[Ours]:
     """A pass over the pairs, as dpo.py makes it."""
-    more = {"dpo.template": "chatml", "dpo.beta": 0.1, "optim.lr": 1e-6, "train.batch_tokens": 3 * ROW}
+    more = {"dpo.template": "chatml", "dpo.beta": 0.1, "optim.lr": 1e-6, "train.batch_tokens": 2 * ROW}
     with arguments(start, lesson, **more) as argv:
         fitting = partial(fitting_tuning, without_data=None, recommend=recommend_preference)
         config = read_config(PreferenceConfig, argv, fitting)
@@ -77,14 +77,13 @@ def ours(start: Start, lesson: Lesson) -> Iterator[Ours]:
             config = with_template(config, tokenizer)
             settled = with_reference(settle(config, tokenizer, sources, dist))
             model = build_model(settled, partial(adapt, config=config))
-            base_path, must_agree = preferred_over(config)
-            trainer = make_trainer(
-                settled, model, preference_objective(settled), run, base_path=base_path, must_agree=must_agree
-            )
+            _, must_agree = preferred_over(settled.config, None)
+            trainer = make_trainer(settled, model, preference_objective(settled), run, must_agree=must_agree)
+            refer = at_first(settled, must_agree.get("start_sha256"), None)
             begin(trainer, run, tokenizer, None, config.model.path)
 
             def pass_over() -> None:
-                refer(trainer, settled)
+                refer(trainer)
                 all_steps(trainer)
 
             yield Ours(trainer, pass_over, sources[0].prepared.train)
