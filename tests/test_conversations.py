@@ -179,6 +179,24 @@ def test_a_dataset_info_beside_a_file_says_how_it_is_read(tmp_path):
         layout_of(tmp_path / "d.json", {})
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"columns": ["ask", "reply"]}, "talk: columns is a list; an object with names is expected"),
+        ({"columns": {"prompt": ["ask"], "response": "reply"}}, "talk: columns.prompt is a list; a name is expected"),
+        ({"columns": {"messages": "talk"}, "tags": ["who"]}, "talk: tags is a list; an object with names is expected"),
+        ({"columns": {"messages": "talk"}, "tags": {"user_tag": 1}}, "talk: tags.user_tag is a number; a name is exp"),
+        ({"formatting": "vicuna", "tags": {"role_tag": "who"}}, "talk: formatting 'vicuna' is not known; alpaca, share"),
+        ({"formatting": ["openai"], "tags": {"role_tag": "who"}}, "formatting ['openai'] is not known; alpaca, share"),
+    ],
+    ids=str,
+)
+def test_an_entry_of_a_dataset_info_that_cannot_be_read_is_named(tmp_path, entry, message):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"talk": {"file_name": "a.json", **entry}}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layout_of(tmp_path / "a.json", {})
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

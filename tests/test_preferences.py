@@ -169,6 +169,16 @@ def test_the_first_row_says_what_a_file_holds(tmp_path):
     assert answers_in(tmp_path / "answers.jsonl", {"messages": "talk", "label": "fine"}) == "labels"
 
 
+def test_an_entry_of_a_dataset_info_that_names_no_fields_leaves_it_to_the_first_row(tmp_path):
+    talk = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
+    rows = {"said.json": talk, "liked.json": talk | {"label": True}, "better.json": talk | {"chosen": "", "rejected": ""}}
+    info = {name: {"file_name": name, "formatting": "sharegpt", "tags": {"role_tag": "from"}} for name in rows}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    for name, row in rows.items():
+        (tmp_path / name).write_text(json.dumps([row]))
+    assert [answers_in(tmp_path / name, {}) for name in rows] == [None, None, "pairs"]
+
+
 def test_the_example_files_are_preferences():
     names = {
         "pairs": ["pairs.jsonl", "pairs_sharegpt.json", "pairs_messages.jsonl", "critic.jsonl"],

@@ -74,6 +74,7 @@ ROLES: dict[str, Side] = {
 }
 ROLE_FIELDS, CONTENT_FIELDS = ("role", "from"), ("content", "value")
 INFO = "dataset_info.json"
+FORMATTINGS = ("alpaca", "sharegpt", "openai")  # of an entry there
 INFO_PARTS = {"kto_tag": "label"}  # parts that have another name there
 # The tags of a dataset_info.json that name a role, or the field of a message.
 ROLE_TAGS: dict[str, Side] = {
@@ -144,17 +145,32 @@ def layout_of(file: str | Path, columns: Mapping[str, str], formats: Formats = C
 
 def info_layout(name: str, entry: Mapping[str, Any], formats: Formats) -> Layout:
     """The layout that an entry of a dataset_info.json describes."""
-    given = {INFO_PARTS.get(part, part): field for part, field in (entry.get("columns") or {}).items()}
+    given = {INFO_PARTS.get(part, part): field for part, field in info_names(name, entry, "columns").items()}
     columns = {part: field for part, field in given.items() if part in formats.parts}
     if not columns:
         formatting = entry.get("formatting", "alpaca")
+        if formatting not in FORMATTINGS:
+            raise ValueError(f"{name}: formatting {formatting!r} is not known; {', '.join(FORMATTINGS)} is expected")
         columns = next((formats.usual[usual] for usual in formats.usual if usual.startswith(formatting)), {})
     if not formats.enough(columns):
         raise ValueError(f"{name}: its columns are not enough for {formats.what}; {formats.needed} are needed")
-    tags = entry.get("tags") or {}
+    tags = info_names(name, entry, "tags")
     roles = ROLES | {tags[tag]: role for tag, role in ROLE_TAGS.items() if tag in tags}
     role_fields, content_fields = ((tags[tag],) if tag in tags else None for tag in FIELD_TAGS)
     return Layout(name, columns, roles, role_fields or ROLE_FIELDS, content_fields or CONTENT_FIELDS)
+
+
+def info_names(name: str, entry: Mapping[str, Any], which: str) -> Mapping[str, str]:
+    """The columns or tags of an entry. Raises ValueError where they are no names."""
+    found = entry.get(which) or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{name}: {which} is {named(found)}; an object with names is expected")
+    # LLaMA-Factory's own files write null for what is not there.
+    names = {part: value for part, value in found.items() if value is not None}
+    for part, value in names.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name}: {which}.{part} is {named(value)}; a name is expected")
+    return names
 
 
 def recognised(row: Mapping[str, Any], formats: Formats = CONVERSATIONS) -> Layout:

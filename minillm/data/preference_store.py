@@ -46,7 +46,8 @@ def answers_in(file: str | Path, columns: Mapping[str, str]) -> Answers | None:
         except ValueError:  # what describes the file describes no preferences
             return None
         _, row = next(iter(records(file)), (0, {}))
-        columns = layout.columns if layout else row if isinstance(row, Mapping) else {}
+        row = row if isinstance(row, Mapping) else {}
+        columns = {part: field for part, field in layout.columns.items() if field in row} if layout else row
     if PAIR.keys() & columns.keys():
         return "pairs"
     return "labels" if "label" in columns else None
