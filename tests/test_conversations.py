@@ -186,8 +186,8 @@ def test_a_dataset_info_beside_a_file_says_how_it_is_read(tmp_path):
         ({"columns": {"prompt": ["ask"], "response": "reply"}}, "talk: columns.prompt is a list; a name is expected"),
         ({"columns": {"messages": "talk"}, "tags": ["who"]}, "talk: tags is a list; an object with names is expected"),
         ({"columns": {"messages": "talk"}, "tags": {"user_tag": 1}}, "talk: tags.user_tag is a number; a name is exp"),
-        ({"formatting": "vicuna", "tags": {"role_tag": "who"}}, "talk: formatting 'vicuna' is not known; alpaca, share"),
-        ({"formatting": ["openai"], "tags": {"role_tag": "who"}}, "formatting ['openai'] is not known; alpaca, share"),
+        ({"formatting": "vicuna", "tags": {"role_tag": "who"}}, "talk: formatting 'vicuna' is not known; alpaca"),
+        ({"formatting": ["openai"], "tags": {"role_tag": "who"}}, "formatting ['openai'] is not known; alpaca"),
     ],
     ids=str,
 )

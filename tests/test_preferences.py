@@ -171,7 +171,8 @@ def test_the_first_row_says_what_a_file_holds(tmp_path):
 
 def test_an_entry_of_a_dataset_info_that_names_no_fields_leaves_it_to_the_first_row(tmp_path):
     talk = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
-    rows = {"said.json": talk, "liked.json": talk | {"label": True}, "better.json": talk | {"chosen": "", "rejected": ""}}
+    pair = {"chosen": "", "rejected": ""}
+    rows = {"said.json": talk, "liked.json": talk | {"label": True}, "better.json": talk | pair}
     info = {name: {"file_name": name, "formatting": "sharegpt", "tags": {"role_tag": "from"}} for name in rows}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     for name, row in rows.items():
