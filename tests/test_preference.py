@@ -4,6 +4,8 @@ import contextlib
 import copy
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import torch
 from preferences import Trees, V, answer_logprobs, some_documents, unpaired
 from ranks import run_ranks
 
+from minillm.data.batch import Batch
 from minillm.data.chat_templates import TEMPLATES
 from minillm.data.config import PreferencesConfig
 from minillm.data.loader import eval_batches
@@ -22,8 +25,9 @@ from minillm.distributed.config import Layout
 from minillm.distributed.context import Context, connect, with_mesh
 from minillm.distributed.parallelize import parallelize
 from minillm.eval.perplexity import evaluate
+from minillm.files import temporary_for
 from minillm.lora import LoRAConfig, adapted, apply_lora, base_parameters, init_lora
-from minillm.losses import LOSSES, kto_loss
+from minillm.losses import IGNORE_INDEX, LOSSES, kto_loss
 from minillm.model.config import ModelConfig
 from minillm.model.init import init_weights
 from minillm.model.transformer import Transformer
@@ -37,6 +41,7 @@ from minillm.preference import (
     cached,
     target_logprobs,
 )
+from minillm.preference.objective import by_branch, only, without
 from minillm.tensors import local_part, narrowed, parameter_names
 from minillm.tokenizer import ByteTokenizer
 from minillm.trainer import TrainConfig, Trainer
@@ -158,6 +163,28 @@ def test_answers_of_another_kind_and_padding_count_for_nothing():
     assert objective.count(nothing) == loss_sum.item() == 0
     assert {float(count) for _, count in metrics.values()} == {0.0}
     assert all(gradient.isfinite().all() for gradient in gradients(model, loss_sum).values())
+
+
+def test_tokens_that_a_forward_does_not_need_are_left_out_of_it():
+    """Also where nothing is left of a document, and where a row is nothing but padding."""
+    model = model_of(max_seq_len=128)
+    documents = [
+        *some_documents(12, unpaired, longest=9),
+        ([1], {1: [2, 3]}),
+        *some_documents(3, (3, 2), seed=4),
+        ([5], {2: [6]}),
+    ]
+    batch = Trees(documents).batch(128)
+    batch = Batch(*(field if field is None else torch.cat([field, field[:1]]) for field in batch))
+    batch.targets[-1] = IGNORE_INDEX
+    for branch in (1, 2, 3):
+        masked = only(batch, batch.branches == branch)
+        left = without(batch, (batch.branches != branch) & (batch.branches != 0))
+        assert left.tokens.shape[1] < batch.tokens.shape[1]
+        found, expected = (by_branch(one, target_logprobs(model, one))[:, branch] for one in (left, masked))
+        torch.testing.assert_close(found[found != 0], expected[expected != 0], rtol=1e-9, atol=1e-12)
+        assert (found != 0).sum() > 3
+        assert not by_branch(left, torch.ones_like(left.targets))[:, [b for b in range(4) if b != branch]].any()
 
 
 def test_a_held_out_set_is_evaluated_like_any_other():
@@ -462,6 +489,18 @@ def test_what_was_computed_of_something_else_is_not_used_and_that_is_said(tmp_pa
     assert f"{first.name} {said}" in caplog.text
     assert files_in(first) == before
     assert files_in(second) != before
+
+
+def test_what_a_killed_process_has_left_is_cleared_away(tmp_path):
+    model, prepared = model_of(1, torch.float32), prepared_in(tmp_path)
+    path = cache(model, prepared)
+    shutil.rmtree(path)
+    mine = temporary_for(path.with_name(f"{path.name}.parts"))
+    left = mine.with_name(mine.name.replace(f".{os.getpid()}.", ".999999999."))
+    left.mkdir()
+    cache(model, prepared)
+    assert not left.exists()
+    assert not list(tmp_path.glob(".reference*"))
 
 
 def damage(path):

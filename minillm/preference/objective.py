@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from minillm.data.batch import Batch
 from minillm.data.trees import CHOSEN, MISMATCHED, REJECTED
 from minillm.losses import IGNORE_INDEX, LOSSES
+from minillm.model.masks import number_documents
 from minillm.objectives import Metrics
 from minillm.preference.reference import Reference, looking, target_logprobs
 
 BRANCHES = 4  # the prompt, 0, and these
+WHOLE = 16  # tokens: rows that are cut are cut to a multiple of it, which hardware likes, and there are fewer shapes
 
 
 class Whole(NamedTuple):
@@ -102,7 +104,8 @@ class Preference:
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """The sum of what is minimised, and the metrics."""
-        answers = only(batch, batch.branches != MISMATCHED)
+        others = batch.branches == MISMATCHED
+        answers = only(batch, ~others) if self.loss.paired else without(batch, others)
         reference = None if self.reference is None else self.reference(model, answers)  # (B, T), before any graph
         whole = self.whole or self.alone(model, batch)
         policy = target_logprobs(model, answers, **self.head)  # (B, T)
@@ -180,7 +183,7 @@ class Preference:
 
     def mismatched_ratios(self, model: nn.Module, batch: Batch) -> Tensor:
         """(2,): the sum of log(policy / reference) over the answers to other prompts, and their number."""
-        others = only(batch, batch.branches == MISMATCHED)
+        others = without(batch, (batch.branches == CHOSEN) | (batch.branches == REJECTED))
         policy, reference = target_logprobs(model, others, **self.head), self.reference(model, others)  # (B, T)
         ratios = by_branch(others, policy - reference.to(policy.dtype))[:, MISMATCHED]
         return torch.stack([ratios.sum(), (lengths(others)[:, MISMATCHED] > 0).sum().to(ratios.dtype)])
@@ -207,6 +210,27 @@ def only(batch: Batch, kept: Tensor) -> Batch:
     return batch._replace(targets=batch.targets.where(kept, IGNORE_INDEX))
 
 
+def without(batch: Batch, dropped: Tensor) -> Batch:
+    """The batch without some of its tokens: the others move to the left, and rows end where the longest does.
+
+    Padding goes too. What is left has the documents that it had, if under other numbers.
+    """
+    T = batch.tokens.shape[1]
+    dropped = dropped | ~(lengths(batch) > 0).any(1)[document_numbers(batch)]  # (B, T)
+    longest = int((~dropped).sum(1).max())
+    T = min(T, max(1, -(-longest // WHOLE) * WHOLE))
+    places = dropped.to(torch.uint8).argsort(dim=1, stable=True)[:, :T]  # (B, T): what is kept comes first, in order
+    left = Batch(*(None if field is None else field.gather(1, places) for field in batch))
+    left = left._replace(doc_ids=number_documents(left.doc_ids))
+    return only(left, ~dropped.gather(1, places))
+
+
+def document_numbers(batch: Batch) -> Tensor:
+    """The documents of all rows, each with a number below B * T: (B, T)"""
+    B, T = batch.tokens.shape
+    return torch.arange(B, device=batch.tokens.device)[:, None] * T + batch.doc_ids
+
+
 def lengths(batch: Batch) -> Tensor:
     """How many tokens are learned in each branch of each document: (N, BRANCHES) int64.
 
@@ -219,9 +243,7 @@ def lengths(batch: Batch) -> Tensor:
 
 def by_branch(batch: Batch, values: Tensor) -> Tensor:
     """Sums over the places that have a target: (B, T) -> (N, BRANCHES)."""
-    B, T = batch.tokens.shape
-    documents = torch.arange(B, device=values.device)[:, None] * T + batch.doc_ids  # (B, T)
-    places = documents * BRANCHES + batch.branches
+    places = document_numbers(batch) * BRANCHES + batch.branches  # (B, T)
     learned = values.where(batch.targets != IGNORE_INDEX, 0)
-    sums = values.new_zeros(B * T * BRANCHES).index_add(0, places.flatten(), learned.flatten())
-    return sums.view(B * T, BRANCHES)
+    sums = values.new_zeros(values.numel() * BRANCHES).index_add(0, places.flatten(), learned.flatten())
+    return sums.view(-1, BRANCHES)
