@@ -27,6 +27,8 @@ from minillm.trainer import Trainer
 
 WORDS = ("red", "blue", "green", "black")
 FIGURES = ("logprobs", "reference_logprobs", "rewards", "length")
+ONE_STEP = ["--train.max_steps", 1]
+ASKED = ["--dpo.predict", 4]
 KTO = ["--dpo.loss", "kto", "--data.path", "labels.jsonl", "--data.val", "held_labels.jsonl"]
 MIDDLE = "runs/tuned/checkpoints/step-00000003"
 SMALL = """
@@ -48,7 +50,6 @@ micro_batch_size = 2
 save_every = 3
 eval_every = 3
 [dpo]
-predict = 4
 predict_tokens = 8
 predict_some = 0
 [log]
@@ -106,7 +107,7 @@ def same(ours, theirs):
 
 
 def test_a_run_leaves_everything_that_it_promises(workplace, capsys):
-    assert run() == 0
+    assert run(*ASKED) == 0
     shown = capsys.readouterr().out
     rows = read_metrics(Path("runs/tuned/metrics.jsonl"))
     told = {f"{name}_{side}" for name in FIGURES for side in ("chosen", "rejected")}
@@ -140,7 +141,7 @@ def test_a_run_leaves_everything_that_it_promises(workplace, capsys):
 
 def test_what_is_preferred_is_learned(workplace):
     longer = ["--train.max_steps", 60, "--train.eval_every", 60, "--optim.warmup_steps", 5]
-    assert run(*longer, "--dpo.sft_weight", 1) == 0
+    assert run(*longer, *ASKED, "--dpo.sft_weight", 1) == 0
     found = summary()
     answered = found["exact_match"]
     assert answered["before"] < answered["after"]
@@ -150,15 +151,15 @@ def test_what_is_preferred_is_learned(workplace):
 
 
 def test_with_nothing_held_out_nothing_is_summed_up_of_it(workplace, capsys):
-    assert run("--data.val", 0, "--dpo.predict", 0) == 0
+    assert run("--data.val", 0, *ONE_STEP) == 0
     assert "chosen over rejected" not in capsys.readouterr().out
     assert not {"preference_accuracy", "margin", "kl", "win_rate"} & summary().keys()
 
 
 def test_the_loss_does_not_depend_on_how_a_step_is_divided(workplace):
     for rows in (1, 2, 4):
-        words = ["--dpo.predict", 0, "--dpo.sft_weight", 0.5]
-        assert run("--run.dir", f"runs/{rows}", "--train.micro_batch_size", rows, *words) == 0
+        words = ["--train.micro_batch_size", rows, "--dpo.sft_weight", 0.5]
+        assert run("--run.dir", f"runs/{rows}", *words) == 0
     for rows in (1, 2):
         assert_same_run(rows, 4)
 
@@ -184,8 +185,7 @@ def prefer(directory, words):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--dpo.reference", "frozen"],
-        ["--dpo.reference", "cached", "--dpo.sft_weight", "1"],
+        ["--dpo.reference", "cached", "--dpo.sft_weight", "1", "--dpo.predict", "4"],
         ["--parallel.strategy", "fsdp", "--lora.r", "2", "--dpo.reference", "adapters"],
         ["--parallel.strategy", "fsdp", *KTO],
     ],
@@ -195,7 +195,7 @@ def test_two_ranks_train_what_one_does(workplace, words):
     assert prefer(workplace, ["--run.dir", "runs/one", *words]) == 0
     assert run_ranks(2, prefer, workplace, ["--run.dir", "runs/two", *words]) == [0, 0]
     assert_same_run("two", "one")
-    assert summary("one")["exact_match"] == summary("two")["exact_match"]
+    assert summary("one").get("exact_match") == summary("two").get("exact_match")
 
 
 def test_the_embedded_pairs_are_learned_without_a_word(workplace, capsys, monkeypatch):
@@ -216,7 +216,7 @@ def test_the_embedded_pairs_are_learned_without_a_word(workplace, capsys, monkey
 
 @pytest.mark.parametrize("words", [["--lora.r", 2], KTO], ids=["adapters", "kto"])
 def test_every_command_reads_what_was_trained(workplace, capsys, words):
-    assert run(*words) == 0
+    assert run(*words, "--train.max_steps", 2) == 0
     for verb in (
         ["data", "inspect", "runs/tuned", "--step", "2", "--rows", "1"],
         ["generate", "runs/tuned", "--prompt", "0?", "--max_new_tokens", "4"],
@@ -239,7 +239,7 @@ def test_help_explains_every_field(capsys):
 
 def test_every_kind_of_reference_gives_the_same_run(workplace):
     for kind in ("cached", "frozen", "adapters"):
-        assert run("--run.dir", f"runs/{kind}", "--dpo.reference", kind, "--lora.r", 2, "--dpo.predict", 0) == 0
+        assert run("--run.dir", f"runs/{kind}", "--dpo.reference", kind, "--lora.r", 2) == 0
     for kind in ("cached", "frozen"):
         assert_same_run(kind, "adapters")
 
@@ -249,19 +249,19 @@ def test_every_kind_of_reference_gives_the_same_run(workplace):
     [
         ([], "frozen"),
         (["--lora.r", 2], "adapters"),
-        (["--train.max_epochs", 1, "--train.max_steps", "none"], "cached"),
+        (["--data.max_samples", 8, "--train.max_steps", 2], "cached"),
         (["--dpo.loss", "orpo"], "auto"),
     ],
     ids=str,
 )
 def test_the_cheapest_reference_is_chosen(workplace, words, kind):
-    assert run("--dpo.predict", 0, *words) == 0
+    assert run(*ONE_STEP, *words) == 0
     assert json.loads(Path("runs/tuned/config.json").read_text())["dpo"]["reference"] == kind
 
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "kto"])
 def test_every_loss_of_pairs_trains(workplace, loss):
-    assert run("--dpo.loss", loss, "--dpo.predict", 0, "--train.max_steps", 20, "--optim.warmup_steps", 2) == 0
+    assert run("--dpo.loss", loss, "--train.max_steps", 10, "--train.eval_every", 10) == 0
     first, *_, last = read_metrics(Path("runs/tuned/metrics.jsonl"))
     assert last["margin"] > first["margin"]
     assert ("reference_logprobs_chosen" in first) == ("kl" in first) == LOSSES[loss].reference
@@ -270,7 +270,7 @@ def test_every_loss_of_pairs_trains(workplace, loss):
 
 @pytest.mark.parametrize("words", [KTO, ["--dpo.loss", "kto"]], ids=["labels", "pairs"])
 def test_answers_are_learned_one_by_one(workplace, words):
-    assert run(*words, "--train.max_steps", 20, "--optim.warmup_steps", 2) == 0
+    assert run(*words, *ASKED, "--train.max_steps", 20, "--train.eval_every", 20, "--optim.warmup_steps", 2) == 0
     first, *_, last = read_metrics(Path("runs/tuned/metrics.jsonl"))
     assert last["val_rewards_chosen"] > last["val_rewards_rejected"]
     assert 0 == first["kl"] <= last["kl"]
@@ -287,11 +287,9 @@ def test_answers_are_learned_one_by_one(workplace, words):
     "words",
     [
         ["--dpo.reference", "cached", "--dpo.sft_weight", 0.5],
-        ["--dpo.reference", "frozen"],
         ["--dpo.reference", "adapters", "--lora.r", 2, "--lora.dropout", 0.1],
         ["--dpo.reference", "frozen", "--lora.r", 2, "--lora.modules_to_save", "norm"],
         KTO,
-        ["--dpo.loss", "simpo"],
     ],
     ids=str,
 )
@@ -302,20 +300,19 @@ def test_a_stopped_run_goes_on_bitwise(workplace, words):
     assert same(weights("runs/on"), weights("runs/tuned"))
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_run_that_is_stopped_while_it_answers_answers_when_it_goes_on(workplace, monkeypatch, when):
-    assert run("--run.dir", "runs/whole") == 0
+def test_a_run_that_is_stopped_while_it_answers_answers_when_it_goes_on(workplace, monkeypatch):
+    assert run("--run.dir", "runs/whole", *ASKED) == 0
     answer = dpo.answer_held_out
 
     def stopped(now, *arguments):
-        if now == when:
+        if now == "after":
             os.kill(os.getpid(), signal.SIGTERM)
         answer(now, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(dpo, "answer_held_out", stopped)
         with pytest.raises(SystemExit) as stop:
-            run()
+            run(*ASKED)
     assert stop.value.code == 0
     for _ in range(2):  # the second time there is nothing to do
         assert run("--run.resume", "auto") == 0
@@ -355,15 +352,15 @@ def test_adapters_are_trained_and_saved_alone(workplace):
 
 @pytest.mark.parametrize("words", [["--dpo.loss", "orpo"], ["--dpo.reference", "cached"]], ids=str)
 def test_a_run_that_needs_the_model_no_more_goes_on_without_it(workplace, words):
-    assert run(*words) == 0
+    assert run(*ONE_STEP, *words) == 0
     Path("base").rename("moved")
-    assert again("tuned", "auto", "--train.max_steps", 8) == 0
-    assert [row["step"] for row in losses("runs/tuned")] == list(range(1, 9))
+    assert again("tuned", "auto", "--train.max_steps", 2) == 0
+    assert [row["step"] for row in losses("runs/tuned")] == [1, 2]
 
 
 @pytest.mark.parametrize("words", [["--dpo.reference", "frozen"], ["--lora.r", 2]], ids=str)
 def test_a_run_that_needs_the_model_says_so(workplace, capsys, words):
-    assert run(*words) == 0
+    assert run(*ONE_STEP, *words) == 0
     Path("base").rename("moved")
     line = failure(capsys, again, "tuned", "auto", "--train.max_steps", 8)
     assert line.startswith("error: model.path: the weights that the run begins with are needed: ")
@@ -433,32 +430,27 @@ def test_a_mistake_is_told_in_one_line(workplace, capsys, words, said):
 
 
 def test_a_model_keeps_the_template_that_it_was_taught(workplace, capsys):
-    few = ["--train.max_steps", 1, "--dpo.predict", 0]
-    assert run(*few, "--dpo.template", "plain") == 0
-    on = ["--model.path", "runs/tuned", "--run.dir", "runs/on", *few]
+    assert run(*ONE_STEP, "--dpo.template", "plain") == 0
+    on = ["--model.path", "runs/tuned", "--run.dir", "runs/on", *ONE_STEP]
     line = failure(capsys, run, *on, "--dpo.template", "chatml")
     assert "dpo.template: chatml is given, but the model was taught plain; leave it out" in line
     assert run(*on) == 0
     assert json.loads(Path("runs/on/config.json").read_text())["dpo"]["template"] == "plain"
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
+def test_a_run_that_goes_on_prefers_the_same_in_the_same_way(workplace, capsys):
+    assert run(*ONE_STEP) == 0
+    write_rows("other.jsonl", [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()[1:]])
+    for words, said in (
         (["--dpo.beta", 0.2], "dpo.beta was None, is 0.2"),
         (["--dpo.sft_weight", 2], "dpo.sft_weight was None, is 2.0"),
         (["--dpo.label_smoothing", 0.1], "dpo.label_smoothing was None, is 0.1"),
         (["--dpo.loss", "hinge"], "dpo.loss was dpo, is hinge"),
         (["--data.path", "other.jsonl"], "data_hash was"),
-    ],
-    ids=str,
-)
-def test_a_run_that_goes_on_prefers_the_same_in_the_same_way(workplace, capsys, words, said):
-    assert run("--dpo.predict", 0) == 0
-    write_rows("other.jsonl", [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()[1:]])
-    line = failure(capsys, again, "tuned", "auto", "--train.max_steps", 8, *words)
-    assert "another run than the one to be continued" in line
-    assert said in line
+    ):
+        line = failure(capsys, again, "tuned", "auto", "--train.max_steps", 8, *words)
+        assert "another run than the one to be continued" in line
+        assert said in line
 
 
 def other_weights():
@@ -472,17 +464,15 @@ def other_weights():
 
 @pytest.mark.parametrize("words", [["--dpo.reference", "cached"], ["--lora.r", 2]], ids=str)
 def test_a_run_does_not_go_on_beside_another_reference(workplace, capsys, words):
-    assert run("--dpo.predict", 0, *words) == 0
+    assert run(*ONE_STEP, *words) == 0
     other_weights()
     assert "sha256 was" in failure(capsys, again, "tuned", "auto", "--train.max_steps", 8)
 
 
 def test_what_was_cached_of_other_weights_or_data_is_said_and_computed_anew(workplace, capsys):
-    words = ["--dpo.reference", "cached", "--dpo.predict", 0, "--train.max_steps", 1]
-
     def said(name):
         capsys.readouterr()
-        assert run("--run.dir", f"runs/{name}", *words) == 0
+        assert run("--run.dir", f"runs/{name}", "--dpo.reference", "cached", *ONE_STEP) == 0
         return [line for line in capsys.readouterr().err.splitlines() if line.startswith("reference: ")]
 
     (first,) = said("first")
