@@ -80,6 +80,14 @@ def test_metrics_are_averaged_by_their_own_counts():
     assert result["val_rows"] == 3 * 5 / 4
 
 
+def test_a_metric_that_counted_nothing_has_no_mean():
+    class Metered(NextToken):
+        def __call__(self, model, batch):
+            return super().__call__(model, batch)[0], {"rows": (torch.tensor(0.0), 0)}
+
+    assert "val_rows" not in evaluate(Transformer(CONFIG), batches(1), Metered(vocab_size=50))
+
+
 def test_all_figures_are_of_the_loss_that_is_reported():
     """Not of what is minimised, which may be more."""
     model, token_bytes = Transformer(CONFIG), torch.full((50,), 2)

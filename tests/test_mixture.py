@@ -549,6 +549,12 @@ def test_the_figures_of_a_mixture_are_of_the_sources_that_hold_something_out():
     assert mixture(parts)["val_bpb"] == pytest.approx(2.0 / math.log(2) / 3)
 
 
+def test_what_one_source_has_no_figure_of_is_the_mean_of_the_others():
+    known = [{"val_loss": 2.0}, {"val_loss": 4.0, "val_margin": 1.0}, {"val_loss": 4.0, "val_margin": 3.0}]
+    found = mixture(list(zip("abc", (0.4, 0.2, 0.4), known)))
+    assert (found["val_loss"], found["val_margin"]) == pytest.approx((3.2, 7 / 3))
+
+
 def test_help_lists_the_fields_of_a_mixture(capsys):
     assert run_command(train.main, ["--help"]) == 0
     text = capsys.readouterr().out

@@ -198,6 +198,14 @@ def test_a_held_out_set_is_evaluated_like_any_other():
     assert found["tokens"] == 6
 
 
+@pytest.mark.parametrize(("kind", "said", "missing"), [(1, "chosen", "rejected"), (2, "rejected", "chosen")])
+def test_held_out_answers_may_all_be_of_one_kind(kind, said, missing):
+    objective = Preference("kto", Frozen(model_of(1)))
+    found = evaluate(model_of(), [Trees(some_documents(4, (kind, 3))).batch(48)], objective)
+    assert f"val_logprobs_{said}" in found
+    assert f"val_logprobs_{missing}" not in found
+
+
 # --- the whole batch --------------------------------------------------------------------------------------------------
 
 CASES = [("dpo", 0.5, False), ("kto", 0.3, True), ("orpo", None, False)]  # the loss, sft_weight, whether adapters

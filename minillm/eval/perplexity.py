@@ -38,9 +38,9 @@ def evaluate(
         reduce: sums a float64 tensor over the ranks, where each of them evaluates a part.
         device: where the model is, if the batches are not there: units and bytes are then counted where they are.
 
-    Returns: val_loss (nats a unit), val_NAME for each metric, tokens (units), perplexity (e to the loss); with
-        token_bytes also bytes (of the target tokens; special tokens have none) and val_bpb, the bits it takes on
-        average to write down a byte of the text, special tokens included in the bits.
+    Returns: val_loss (nats a unit), val_NAME for each metric that counted anything, tokens (units), perplexity (e to
+        the loss); with token_bytes also bytes (of the target tokens; special tokens have none) and val_bpb, the bits
+        it takes on average to write down a byte of the text, special tokens included in the bits.
 
     Run it inside the autocast that training uses. Raises ValueError where no batch has a unit to evaluate.
     """
@@ -71,7 +71,8 @@ def evaluate(
         result["bytes"] = int(total["bytes"])
         result["val_bpb"] = total["loss"] / math.log(2) / total["bytes"] if total["bytes"] else math.inf
     names = [name.removesuffix(".count") for name in total if name.endswith(".count")]
-    return result | {f"val_{name}": total[f"{name}.sum"] / total[f"{name}.count"] for name in names}
+    counted = [name for name in names if total[f"{name}.count"]]
+    return result | {f"val_{name}": total[f"{name}.sum"] / total[f"{name}.count"] for name in counted}
 
 
 def read_sums(unread: dict[str, list[Tensor]], into: dict[str, list[float]]) -> None:
@@ -87,15 +88,17 @@ def mixture(parts: Sequence[tuple[str, float, Mapping[str, float]]]) -> dict[str
     Args: (name, share of the samples, figures) of each source, all of them with bytes or none.
 
     Returns: val_loss of a unit, and what else is a mean over units, as they come in the mixture; perplexity; with bytes
-        val_bpb of a byte; and val_loss/NAME and val_bpb/NAME of each source.
+        val_bpb of a byte; and val_loss/NAME and val_bpb/NAME of each source. What one source has no figure of is the
+        mean of the others.
     """
-    whole = math.fsum(share for _, share, _ in parts)
 
-    def mean(of: Callable[[Mapping[str, float]], float]) -> float:
+    def mean(of: Callable[[Mapping[str, float]], float], parts: Sequence = parts) -> float:
+        whole = math.fsum(share for _, share, _ in parts)
         return math.fsum(share * of(figures) for _, share, figures in parts) / whole
 
-    means = [key for key in parts[0][2] if key.startswith("val_") and key != "val_bpb"]
-    found = {key: mean(itemgetter(key)) for key in means}
+    keys = dict.fromkeys(key for _, _, figures in parts for key in figures)
+    means = [key for key in keys if key.startswith("val_") and key != "val_bpb"]
+    found = {key: mean(itemgetter(key), [part for part in parts if key in part[2]]) for key in means}
     found["perplexity"] = exp(found["val_loss"])
     if "bytes" in parts[0][2]:
         bytes_per_token = mean(lambda figures: figures["bytes"] / figures["tokens"])

@@ -185,7 +185,7 @@ def fitting_tuning(
         chosen["train.batch_tokens"] = max(1, round(chosen["train.batch_tokens"] / seq_len)) * seq_len
     if lookup(given, "optim.lr") is not None or lookup(given, "optim.name") is not None:
         chosen.pop("optim.muon_lr", None)
-    return [Layer("chosen for the conversations", without_limits(chosen, given))]
+    return [Layer("chosen for the data", without_limits(chosen, given))]
 
 
 def with_template(config: C, tokenizer: Tokenizer) -> C:
