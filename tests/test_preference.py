@@ -298,7 +298,7 @@ def test_neither_micro_batches_nor_ranks_change_a_step(layout):
                     assert its_step == pytest.approx(step, rel=1e-4, abs=1e-6)
                 for name, weight in weights.items():
                     assert (its_weights[name] - weight).norm() / weight.norm() < 1e-5, name
-    assert max(step["kl"] for step in expected[1][0]) > 0.01
+    assert max(step["kto_kl"] for step in expected[1][0]) > 0.01
 
 
 # --- references -------------------------------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ class Preference:
     Metrics: means over pairs of the log-probabilities of both answers under both models, of their rewards, the margin
     between those, and their lengths in tokens; the share of pairs in which the chosen one has the greater reward
     (`preference_accuracy`), and in which it is the likelier to the policy alone (`ranking_accuracy`), a tie being
-    half. `kl`: a token, how far the policy has moved from the reference on these answers (see `divergence`), or of
-    KTO its KL.
+    half. `kl`: a token, how far the policy has moved from the reference on these answers (see `divergence`).
+    `kto_kl`: the KL of KTO's formula, an answer.
     """
 
     def __init__(
@@ -125,8 +125,9 @@ class Preference:
         metrics |= self.figures(ours.detach(), theirs, rewards, length)
         if theirs is not None:
             learned = answers.targets != IGNORE_INDEX
-            moved = divergence(policy.detach(), reference).where(learned, 0).sum(), learned.sum()
-            metrics["kl"] = moved if self.loss.paired else (whole.kl, 1)
+            metrics["kl"] = divergence(policy.detach(), reference).where(learned, 0).sum(), learned.sum()
+        if whole.kl is not None:
+            metrics["kto_kl"] = whole.kl, 1
         return loss_sum, metrics
 
     # --- parts --------------------------------------------------------------------------------------------------------

@@ -163,8 +163,8 @@ def at_first(settled: Settled, weights: str | None, start: Path | None) -> Calla
     if not LOSSES[dpo.loss].reference:
         return None
     made_from = {"weights": weights, "precision": settled.config.train.precision, "dist": settled.dist}
-    looks = start and dpo.reference == "cached"
-    if looks and all(open_reference(source.prepared, **made_from) for source in settled.sources):
+    is_kept = partial(open_reference, **made_from)
+    if start and dpo.reference == "cached" and all(is_kept(source.prepared) for source in settled.sources):
         return None
     return partial(refer, settled=settled, made_from=made_from)
 
