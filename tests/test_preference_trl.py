@@ -15,7 +15,6 @@ from preferences import Trees, some_documents, unpaired
 import minillm
 from minillm.preference import Frozen, Preference
 
-pytestmark = pytest.mark.soak  # to import trl takes 10 seconds
 SFT_WEIGHT = 0.3
 
 
