@@ -55,6 +55,8 @@ class Event:
 class Engine:
     """Completes any number of requests, which may come at any time, `max_rows` completions at once.
 
+    While it is busy the model's weights must stay what they are.
+
         engine = Engine(model, tokenizer)
         request = engine.add("Once upon a time", SamplingParams(n=2))
         while engine.busy:
