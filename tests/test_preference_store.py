@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import minillm
 from minillm import cli
 from minillm.data.chat import missing_marks, prompt, render_all
 from minillm.data.chat_templates import TEMPLATES, Message
@@ -24,7 +25,9 @@ from minillm.data.store import verify
 from minillm.data.trees import PairsConfig, read_tree, shortened, trees
 from minillm.log import run_command
 from minillm.losses import IGNORE_INDEX
+from minillm.model.config import ModelConfig
 from minillm.model.masks import restart_positions
+from minillm.model.transformer import Transformer
 from minillm.tokenizer import ByteTokenizer, load_tokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -479,6 +482,18 @@ def test_inspect_shows_each_answer_beside_its_prompt_and_counts(tmp_path, monkey
         == 0
     )
     assert "⟦no<|im_end|>⟧" in capsys.readouterr().out
+
+
+def test_inspect_renders_rows_as_the_model_of_the_tokenizer_was_taught(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", [row(number) for number in range(8)])
+    shape = ModelConfig(vocab_size=TOKENIZER.vocab_size, dim=8, n_layers=1, n_heads=1)
+    minillm.save(Transformer(shape), TOKENIZER, tmp_path / "taught", template="plain")
+    command = ["data", "inspect", "rows.jsonl", "--tokenizer.path", "taught", "--data.val", "0"]
+    assert run_command(cli.dispatch, command) == 0
+    assert "         prompt  <s>1 qqqq\\n\n         chosen  ⟦xxxxxx</s>⟧" in capsys.readouterr().out
+    assert run_command(cli.dispatch, [*command, "--dpo.template", "chatml"]) == 1
+    assert "chatml is given, but the model was taught plain" in capsys.readouterr().err
 
 
 def test_inspect_shows_the_pairs_that_a_step_of_a_run_read(tmp_path, monkeypatch, capsys):

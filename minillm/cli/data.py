@@ -31,6 +31,7 @@ from minillm.data.trees import PairsConfig
 from minillm.log import read_metrics
 from minillm.losses.preference import LOSSES
 from minillm.recipe.sft import SFTConfig
+from minillm.recipe.tuning import taught_by
 from minillm.run import RunConfig, RunDirectory
 from minillm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
@@ -201,10 +202,11 @@ def open_rows(options: DataInspect, tokenizer: Tokenizer) -> list[Source]:
     answers = options.kind
     if answers == "auto":
         answers = answers_in(first, read_columns(options.data.columns, InspectedConfig.formats))
+    taught = taught_by(options.tokenizer.path)
     if answers in ("pairs", "labels"):
-        template = choose_template(options.dpo.template, tokenizer)
+        template = choose_template(options.dpo.template, tokenizer, taught)
         return open_preferences(PreferencesConfig(**given), options.dpo, template, tokenizer, answers)
-    template = choose_template(options.sft.template, tokenizer)
+    template = choose_template(options.sft.template, tokenizer, taught)
     return open_conversations(ConversationsConfig(**given), options.sft, template, tokenizer)
 
 
