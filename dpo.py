@@ -79,7 +79,8 @@ def main(argv: Sequence[str]) -> int:
         if summary["finished"]:
             answer_held_out("after", trainer, settled, run)
         if dist.is_main:
-            report(settled.config, run, sum_up_preferences(run, sum_up(run, config.dpo.metrics, summary)))
+            metrics = config.dpo.metrics
+            report(settled.config, run, sum_up_preferences(run, metrics, sum_up(run, metrics, summary)))
     return 0
 
 

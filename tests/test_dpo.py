@@ -356,11 +356,19 @@ def test_a_run_that_needs_the_model_no_more_goes_on_without_it(workplace, words)
     assert [row["step"] for row in losses("runs/tuned")] == [1, 2]
 
 
-@pytest.mark.parametrize("words", [["--dpo.reference", "frozen"], ["--lora.r", 2]], ids=str)
-def test_a_run_that_needs_the_model_says_so(workplace, capsys, words):
+@pytest.mark.parametrize(
+    ("words", "more"),
+    [
+        (["--dpo.reference", "frozen"], []),
+        (["--lora.r", 2], []),
+        (["--dpo.loss", "orpo"], ["--dpo.loss", "dpo", "--dpo.reference", "cached"]),
+    ],
+    ids=str,
+)
+def test_a_run_that_needs_the_model_says_so(workplace, capsys, words, more):
     assert run(*ONE_STEP, *words) == 0
     Path("base").rename("moved")
-    line = failure(capsys, again, "tuned", "auto", "--train.max_steps", 8)
+    line = failure(capsys, again, "tuned", "auto", "--train.max_steps", 8, *more)
     assert line.startswith("error: model.path: the weights that the run begins with are needed: ")
 
 

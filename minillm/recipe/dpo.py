@@ -1,7 +1,7 @@
 """What learning from preferences adds to a recipe: its section, its objective with a reference, and what it reads."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -147,9 +147,10 @@ def start_hash(config: PreferenceConfig, start: Path | None) -> str:
     try:
         own = hash_at(config.model.path)
     except ValueError:
-        if start is None or config.dpo.reference != "cached":
+        said = checkpoint.read(start)[0].get("start_sha256") if start and config.dpo.reference == "cached" else None
+        if said is None:
             raise
-        return checkpoint.read(start)[0]["start_sha256"]
+        return said
     there = adapters_at(config.model.path)
     return f"{there.base_sha256}+{own}" if there else own
 
@@ -198,10 +199,11 @@ def check_reference(trainer: Trainer) -> None:
 FIGURES = ("preference_accuracy", "ranking_accuracy", "margin", "kl")  # of an evaluation, that are summed up
 
 
-def sum_up_preferences(run: RunDirectory, summary: dict[str, Any]) -> dict[str, Any]:
+def sum_up_preferences(run: RunDirectory, metrics: Sequence[str], summary: dict[str, Any]) -> dict[str, Any]:
     """The summary with figures of the held-out pairs and of the answers to them, before and after; written too.
 
-    Beside `FIGURES` it is `answer_length` in characters, and `win_rate`: how often the later answer is the better one.
+    Beside `FIGURES` it is `answer_length` in characters, and `win_rate`: how often the later answer is the better one
+    by the first of the metrics.
     """
     if not summary["finished"]:
         return summary
@@ -214,7 +216,7 @@ def sum_up_preferences(run: RunDirectory, summary: dict[str, Any]) -> dict[str, 
     answers = {when: read_answers(run, when) for when in ("before", "after")}
     if all(answers.values()):
         summary = summary | {"answer_length": {when: mean_length(answered) for when, answered in answers.items()}}
-        metric = read_json(run.config)["dpo"]["metrics"][0]
-        summary = summary | {"win_rate": win_rate(answers["before"], answers["after"], metric)}
+        if metrics:
+            summary = summary | {"win_rate": win_rate(answers["before"], answers["after"], metrics[0])}
     run.write_json(run.summary, summary)
     return summary
