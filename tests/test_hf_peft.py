@@ -123,6 +123,11 @@ def test_merged_adapters_are_those_that_peft_merges(folders, tmp_path):
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern is {'q_proj': 8}, which minillm does not have"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base too"),
         ({"use_newest": True}, "use_newest is True, which minillm does not have"),
+        ({"r": "many"}, r"adapter_config\.json: r is 'many'"),
+        ({"r": 2.5}, r"adapter_config\.json: r is 2\.5"),
+        ({"r": 0}, "has no effect with r 0"),
+        ({"lora_alpha": None}, "lora_alpha is missing"),
+        ({"lora_dropout": 2}, r"adapter_config\.json: dropout is 2.0; it must be >= 0, < 1"),
         ({"r": 5}, "are not adapters of this model: missing, unknown or of other shapes"),
     ],
 )

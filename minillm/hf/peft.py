@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minillm.checkpoint.layout import Box
 from minillm.checkpoint.shard import read_rows, write_shard
+from minillm.config import Layer, build
 from minillm.files import atomic_directory, free_directory, read_json
 from minillm.hf.config import choose_family
 from minillm.hf.families import Family
@@ -85,7 +86,8 @@ def load_peft(model: Transformer, directory: str | Path) -> Transformer:
     family, _ = choose_family(model.config)
     with torch.device("meta"):
         twin = Transformer(model.config)
-    config = LoRAConfig(**fields, **what_is_adapted(twin, family, set(found), directory))
+    fields |= what_is_adapted(twin, family, set(found), directory)
+    config = build(LoRAConfig, [Layer(str(directory / CONFIG), fields)])
     add_adapters(twin, config)
     expected = {name: tuple(tensor.shape) for name, tensor in peft_tensors(twin, family).items()}
     there = {name: tuple(tensor.entry[1]) for name, tensor in found.items()}
@@ -113,7 +115,8 @@ def is_peft(directory: str | Path) -> bool:
 
 def peft_base(directory: str | Path) -> str | None:
     """The model that the adapters of a folder belong to, by the path or name that it gives."""
-    return read_json(Path(directory) / CONFIG).get("base_model_name_or_path")
+    base = read_json(Path(directory) / CONFIG).get("base_model_name_or_path")
+    return base if isinstance(base, str) else None
 
 
 def peft_tensors(model: Transformer, family: Family) -> dict[str, Tensor]:
@@ -166,8 +169,7 @@ def read_fields(path: Path) -> dict[str, Any]:
         for name, value in values.items()
         if value and name not in known
     ]
-    problems += [f"{name} is missing" for name in ("r", "lora_alpha") if name not in values]
+    problems += [f"{name} is missing" for name in ("r", "lora_alpha") if values.get(name) is None]
     if problems:
         raise ValueError("\n  ".join([f"{path}: minillm cannot be these adapters:", *problems]))
-    fields = {field: values[key] for key, field in FIELDS.items() if key in values}
-    return fields | {"alpha": float(fields["alpha"])}
+    return {field: values[key] for key, field in FIELDS.items() if key in values}
