@@ -14,14 +14,14 @@ from minillm.config import Layer, build
 from minillm.data.batch import Batch
 from minillm.data.chat import render, stop_ids
 from minillm.data.chat_templates import TEMPLATES, Message
-from minillm.data.config import ConversationsConfig
+from minillm.data.config import ConversationsConfig, DataConfig
 from minillm.data.conversation_store import open_conversations
 from minillm.data.corpus import identity
 from minillm.data.inspect import document_lines
 from minillm.data.loader import Loader, eval_batches
 from minillm.data.masked import TurnsConfig
 from minillm.data.rows import gather, plan_of
-from minillm.data.shards import describe
+from minillm.data.shards import describe, prepare
 from minillm.data.store import verify
 from minillm.log import run_command
 from minillm.losses import IGNORE_INDEX
@@ -213,6 +213,24 @@ def test_it_is_prepared_once_for_all_that_it_depends_on(tmp_path):
     write(tmp_path / "rows.jsonl", rows)
     [again] = prepared(tmp_path, rows, path=str(places[0][0]))  # the folder itself
     assert documents(again.prepared.train) == [rendered(one) for one in rows]
+
+
+def test_prepared_folders_that_do_not_suit_are_refused(tmp_path):
+    [source] = prepared(tmp_path, [row(0), row(1)])
+    folder = str(source.prepared.directory)
+    [again] = prepared(tmp_path, [], path=folder)
+    assert documents(again.prepared.train) == documents(source.prepared.train)
+    with pytest.raises(ValueError, match=r"prepared for rows of 128, which data\.seq_len 64 would cut"):
+        prepared(tmp_path, [], path=folder, seq_len=64)
+    with pytest.raises(ValueError, match="prepared with template chatml, and plain is wanted"):
+        prepared(tmp_path, [], path=folder, template=TEMPLATES["plain"])
+    with pytest.raises(ValueError, match="prepared with train_on assistant, and last is wanted"):
+        prepared(tmp_path, [], TurnsConfig(train_on="last"), path=folder)
+    (tmp_path / "text.txt").write_text("nobody said it " * 9)
+    config = DataConfig(path=str(tmp_path / "text.txt"), val="0", cache_dir=str(tmp_path / "cache"), workers=1)
+    text = str(prepare(config, TOKENIZER).directory)
+    with pytest.raises(ValueError, match="what was prepared there are no conversations"):
+        prepared(tmp_path, [], path=text)
 
 
 def test_the_mask_is_part_of_what_a_run_is_identified_by(tmp_path):

@@ -36,6 +36,7 @@ def conversations(turns: TurnsConfig, template: ChatTemplate) -> Kind:
         said_in=said_in,
         told_apart_by=said_in,
         encode=partial(encode_conversations, template, turns.train_on, turns.long),
+        agreed=("template", "train_on"),
         reasons={"dropped": "are longer than data.seq_len {seq_len}"},
     )
 

@@ -16,7 +16,6 @@ from minillm.data.mixture import Source
 from minillm.data.preferences import PAIR, PREFERENCES, PreferencePair, preference_of
 from minillm.data.record_store import Found, Kind, prepare_records
 from minillm.data.records import records
-from minillm.data.store import Prepared
 from minillm.data.trees import PairsConfig, encode_preferences
 from minillm.tokenizer import Tokenizer
 
@@ -35,7 +34,7 @@ def open_preferences(
     A loss compares `pairs`, or takes answers one by one by their `labels`; a pair is then two of these.
     Raises ValueError naming file and row for what cannot be learned from.
     """
-    return open_sources(data, tokenizer, partial(prepare_preferences, kind=preferences(pairs, template, answers)))
+    return open_sources(data, tokenizer, partial(prepare_records, kind=preferences(pairs, template, answers)))
 
 
 def answers_in(file: str | Path, columns: Mapping[str, str]) -> Answers | None:
@@ -53,24 +52,6 @@ def answers_in(file: str | Path, columns: Mapping[str, str]) -> Answers | None:
     return "labels" if "label" in columns else None
 
 
-def prepare_preferences(config: PreferencesConfig, tokenizer: Tokenizer, *, kind: Kind) -> Prepared:
-    """The trees of `config.path`; a path that is prepared already has to suit the run."""
-    prepared = prepare_records(config, tokenizer, kind=kind)
-    settings = prepared.info["settings"]
-    if kind.name not in prepared.info:
-        raise ValueError(f"{prepared.directory}: what was prepared there are no preferences")
-    if settings["seq_len"] > (config.seq_len or settings["seq_len"]):
-        raise ValueError(
-            f"{prepared.directory}: prepared for rows of {settings['seq_len']}, which data.seq_len {config.seq_len} "
-            "would cut in the middle of a pair; prepare the files again"
-        )
-    for name in ("template", "answers"):
-        if settings[name] != kind.settings[name]:
-            other = f"prepared with {name} {settings[name]}, and {kind.settings[name]} is wanted"
-            raise ValueError(f"{prepared.directory}: {other}; prepare the files again")
-    return prepared
-
-
 def preferences(pairs: PairsConfig, template: ChatTemplate, answers: Answers) -> Kind:
     """Rows that hold a preference each."""
     return Kind(
@@ -83,6 +64,7 @@ def preferences(pairs: PairsConfig, template: ChatTemplate, answers: Answers) ->
         said_in=said_in,
         told_apart_by=asked_in,
         encode=partial(encode_preferences, template, pairs.long),
+        agreed=("template", "answers"),
         reasons={
             "equal": "have equal answers",
             "empty": "have an empty answer",

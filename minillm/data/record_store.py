@@ -63,6 +63,7 @@ class Kind(NamedTuple):
     said_in: Callable[[Example], str]
     told_apart_by: Callable[[Example], str]  # what decides in data.val = 'hash F' which side it is on
     encode: Callable[[Tokenizer, int, Sequence[Example]], Masked]  # with data.seq_len; by a worker
+    agreed: Sequence[str]  # of the settings: what a folder that is prepared already has to have been prepared with
     reasons: Mapping[str, str]  # why examples that are counted under that name are not stored
     arranged: Callable[[Iterator["Found"]], Iterator["Found"]] = iter  # what is said by rows beside one another
 
@@ -76,10 +77,13 @@ class Found(NamedTuple):
 
 
 def prepare_records(config: ConversationsConfig, tokenizer: Tokenizer, *, kind: Kind) -> Prepared:
-    """The tokens and marks of `config.path`, from `config.cache_dir` where nothing they depend on has changed."""
+    """The tokens and marks of `config.path`, from `config.cache_dir` where nothing they depend on has changed.
+
+    A path that is prepared already has to suit the run.
+    """
     paths = config.entries()
     if len(paths) == 1 and is_prepared(paths[0]):
-        return open_prepared(paths[0], tokenizer.hash)
+        return suited(open_prepared(paths[0], tokenizer.hash), config.seq_len, kind)
     if config.seq_len is None:
         raise ValueError(f"data.seq_len: {kind.name} are cut to rows of so many tokens; give it")
     check_ends(tokenizer)
@@ -98,6 +102,23 @@ def prepare_records(config: ConversationsConfig, tokenizer: Tokenizer, *, kind: 
     identity = identify(settings, files, tokenizer, SHARD_TOKENS)
     reading = Reading(files, layouts, config, kind)
     return made_once(config.cache_dir, identity, tokenizer, partial(write, reading, tokenizer, identity))
+
+
+def suited(prepared: Prepared, seq_len: int | None, kind: Kind) -> Prepared:
+    """What was prepared. Raises ValueError where it was for another purpose, or in another way."""
+    settings = prepared.info["settings"]
+    if kind.name not in prepared.info:
+        raise ValueError(f"{prepared.directory}: what was prepared there are no {kind.name}")
+    if settings["seq_len"] > (seq_len or settings["seq_len"]):
+        raise ValueError(
+            f"{prepared.directory}: prepared for rows of {settings['seq_len']}, which data.seq_len {seq_len} would cut "
+            f"in the middle of {kind.name}; prepare the files again"
+        )
+    for name in kind.agreed:
+        if settings[name] != kind.settings[name]:
+            other = f"prepared with {name} {settings[name]}, and {kind.settings[name]} is wanted"
+            raise ValueError(f"{prepared.directory}: {other}; prepare the files again")
+    return prepared
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
