@@ -16,7 +16,7 @@ PREFERENCES = {  # what is summed up of pairs: in words, and as which number
     "preference_accuracy": ("chosen over rejected, by reward", ".1%"),
     "ranking_accuracy": ("chosen likelier than rejected", ".1%"),
     "margin": ("margin between the rewards", ".3f"),
-    "kl": ("distance from the reference, nats", ".3f"),
+    "kl": ("distance from the reference, k2, nats a token", ".3f"),
     "answer_length": ("characters of an answer", ".1f"),
 }
 WIDEST = max(len(words) for words, _ in PREFERENCES.values())
