@@ -118,6 +118,7 @@ def test_plain_text_is_nobodys():
         ({"question": "a\0", "answer": "b"}, 'field "question": a NUL character in the text'),
         ({"question": "a", "answer": "\ud800"}, 'field "answer": half a character, \\ud800'),
         ({"text": None}, 'field "text" is null; text is expected'),
+        ({"text": " \n"}, 'field "text" is empty'),
     ],
 )
 def test_what_cannot_be_learned_from_is_named(row, message):

@@ -192,7 +192,10 @@ def conversation_of(row: object, layout: Layout | None = None) -> Conversation:
     layout = layout or recognised(row)
     columns = layout.columns
     if "text" in columns:
-        return Conversation([], text_of(row, columns["text"]))
+        text = text_of(row, columns["text"])
+        if not text.strip():
+            raise ValueError(f'field "{columns["text"]}" is empty')
+        return Conversation([], text)
     messages = [*asked_messages(row, layout)]
     if "response" in columns and "messages" not in columns:
         messages += said_messages(row, "response", "assistant", layout)
