@@ -144,6 +144,16 @@ def test_metrics_are_means_over_pairs_of_what_answers_give_one_by_one():
     assert 0 < found["preference_accuracy"] < 1
 
 
+def test_losses_by_means_rank_answers_by_means():
+    model, documents = model_of(), documents_for("simpo", 12)
+    total, count = Preference("simpo")(model, Trees(documents).batch(48))[1]["ranking_accuracy"]
+    with torch.no_grad():
+        ours = answer_logprobs(model, documents)
+    shares = [sum(float(reduce(one[1]) > reduce(one[2])) for one in ours) for reduce in (torch.mean, torch.sum)]
+    assert (float(total), float(count)) == (shares[0], 12)
+    assert shares[0] != shares[1]
+
+
 def test_before_the_first_step_the_loss_is_that_of_a_guess():
     model, batch = model_of(), Trees(documents_for("dpo")).batch(48)
     loss_sum, metrics = Preference("dpo", Frozen(copy.deepcopy(model)), sft_weight=0.0)(model, batch)
