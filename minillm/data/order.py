@@ -16,6 +16,7 @@ Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -76,9 +77,28 @@ def sources_and_numbers(k: np.ndarray, places: Sequence[int], seed: int) -> tupl
         return np.zeros_like(k), k
     sizes = np.array(places, dtype=np.int64)
     ends = np.cumsum(sizes)
-    blocks, at = epochs_and_rows(k, int(ends[-1]), make_key(seed, 0, 2))
-    sources = np.searchsorted(ends, at, side="right")
-    return sources, blocks * sizes[sources] + at - (ends - sizes)[sources]
+    blocks, at = k // ends[-1], k % ends[-1]
+    sources, numbers = np.empty_like(k), np.empty_like(k)
+    for block in np.unique(blocks).tolist():
+        here = blocks == block
+        of, number = block_of_sources(tuple(places), make_key(make_key(seed, 0, 2), block))
+        sources[here] = of[at[here]]
+        numbers[here] = block * sizes[sources[here]] + number[at[here]]
+    return sources, numbers
+
+
+@lru_cache(4)
+def block_of_sources(places: tuple[int, ...], key: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each place of a block: its source, and how many places of that source are before it.
+
+    So a source is read in its own order, each row once before any comes again, in a run shorter than a block too.
+    """
+    ends = np.cumsum(places)
+    sources = np.searchsorted(ends, permute(np.arange(ends[-1]), int(ends[-1]), key), side="right")
+    in_order = np.argsort(sources, kind="stable")
+    numbers = np.empty_like(sources)
+    numbers[in_order] = np.arange(len(sources)) - np.repeat(ends - places, places)
+    return sources, numbers
 
 
 def source_seed(seed: int, source: int) -> int:
