@@ -63,6 +63,25 @@ def test_layers_that_are_watched_stay_as_they_are():
     assert seen == [1] * 2 + [FEWEST_ROWS] * 2 * 11  # the prompts in one row, and a step for each further token
 
 
+def test_what_is_compiled_stays_as_it_is():
+    model = make_model()
+    assert not can_pack(torch.compile(model, backend="eager"))
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    names = packed_layers(pack(model))
+    assert "lm_head" in names
+    assert not [name for name in names if name.startswith("blocks.0.")]
+    assert not packed_layers(model)
+
+
+def test_layers_whose_weights_are_computed_stay_as_they_are():
+    model = make_model()
+    torch.nn.utils.parametrizations.weight_norm(model.blocks[0].mlp.up_proj)
+    tokens = torch.arange(12).view(4, 3)
+    with torch.inference_mode():
+        torch.testing.assert_close(pack(model)(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+    assert "blocks.0.mlp.up_proj" not in packed_layers(pack(model))
+
+
 def test_autocast_may_begin_while_weights_are_packed():
     model, tokens = make_model(), torch.arange(12).view(4, 3)
     with torch.inference_mode():

@@ -240,7 +240,7 @@ def test_int8_is_of_our_own_format(tmp_path):
     export(tmp_path / "ours", tmp_path / "int8", quantize="int8")
     with pytest.raises(ValueError, match="int8, which is our own format alone"):
         export_hugging_face(tmp_path / "int8", tmp_path / "theirs")
-    with pytest.raises(ValueError, match=r"int8, which are not cast to torch\.float16"):
+    with pytest.raises(ValueError, match=r"int8 are not cast to torch\.float16"):
         export(tmp_path / "int8", tmp_path / "half", dtype=torch.float16)
 
 

@@ -140,7 +140,7 @@ def test_another_dtype_can_be_asked_for(tmp_path):
     loaded, _ = load(folder, dtype=torch.bfloat16)
     assert same_weights(loaded, make_model().bfloat16())
     int8 = export(folder, tmp_path / "int8", quantize="int8")
-    with pytest.raises(ValueError, match="are int8, which are not cast to"):
+    with pytest.raises(ValueError, match="dtype: weights in int8 are not cast to"):
         load(int8, dtype=torch.bfloat16)
 
 

@@ -42,9 +42,16 @@ def pack(module: nn.Module) -> nn.Module:
     """The module with its linear layers packed; it shares everything else with the one that is given, which stays."""
     if type(module) in (Linear, nn.Linear) and not has_hooks(module):
         return PackedLinear(module)
+    if stays(module):
+        return module
     twin = copy.copy(module)
-    twin._modules = {name: child and pack(child) for name, child in module._modules.items()}
+    twin._modules = {name: None if child is None else pack(child) for name, child in module._modules.items()}
     return twin
+
+
+def stays(module: nn.Module) -> bool:
+    """Whether a module has no twin: torch.compile made it of another, or its weights are computed as they are read."""
+    return "_orig_mod" in module._modules or "parametrizations" in module._modules
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -56,7 +63,7 @@ def can_pack(model: nn.Module) -> bool:
     """Whether a model's linear layers can be packed here, and there is memory for it."""
     weights = list(model.parameters())
     plain = all(type(p) is nn.Parameter and p.is_cpu and p.dtype == torch.float32 for p in weights)
-    if not plain or torch.is_autocast_enabled("cpu") or not has_packing():
+    if not plain or stays(model) or torch.is_autocast_enabled("cpu") or not has_packing():
         return False
     free = free_memory(torch.device("cpu"))
     return free is None or sum(p.nbytes for p in weights) <= MOST_OF_FREE_MEMORY * free
@@ -65,11 +72,12 @@ def can_pack(model: nn.Module) -> bool:
 @lru_cache
 def has_packing() -> bool:
     """Whether this build of torch can do it and gives the right numbers: by trying it."""
-    with torch.inference_mode():
-        linear = skip_init(nn.Linear, 48, 32)  # as it is usually filled, whoever draws random numbers next gets others
-        linear.weight.copy_(torch.linspace(-0.1, 0.1, 32 * 48).view(32, 48).sin())
-        linear.bias.copy_(torch.linspace(1, -1, 32))
-        x = torch.linspace(-1, 1, 5 * 48).view(5, 48)
+    with torch.inference_mode(), torch.device("cpu"):
+        numbers = torch.linspace(-1, 1, 32 * 48, dtype=torch.float32)  # random ones would be missed by who draws next
+        linear = skip_init(nn.Linear, 48, 32, dtype=torch.float32)
+        linear.weight.copy_(numbers.sin().view(32, 48))
+        linear.bias.copy_(numbers[:32])
+        x = numbers[: 5 * 48].view(5, 48)
         try:
             y = PackedLinear(linear)(x)
         except (AttributeError, NotImplementedError, RuntimeError, TypeError):

@@ -131,7 +131,9 @@ def cast(stored: Stored, dtype: torch.dtype | None) -> Stored:
     if dtype is None:
         return stored
     if is_int8(stored):
-        raise ValueError(f"its weights are int8, which are not cast to {dtype}; take what it was made from")
+        raise ValueError(
+            f"dtype: weights in int8 are not cast to {dtype}; leave it out, or take the model that they were made from"
+        )
     return stored._replace(tensors={name: (dtype, shape) for name, (_, shape) in stored.tensors.items()})
 
 
