@@ -170,7 +170,7 @@ def identity(sources: list[Source]) -> dict[str, str | None]:
     if len(sources) == 1:
         return {"data_hash": hashes[0], "data.mixture": None}
     places = ", ".join(f"{source.name} {source.places}" for source in sources)
-    mixture = f"{places} of {PLACES} samples"
+    mixture = f"{places} of {PLACES} samples, each source in its own order"
     return {"data_hash": hashlib.sha256(" ".join(hashes).encode()).hexdigest(), "data.mixture": mixture}
 
 
