@@ -43,7 +43,7 @@ def nearest(name: str, names: typing.Iterable[str]) -> str:
     if close or by_last_part:
         return f"; did you mean {(by_last_part or close)[0]}?"
     siblings = [other for other in names if other.rpartition(".")[0] == name.rpartition(".")[0]]
-    return f"; the fields there are {', '.join(siblings)}" if siblings else "; --help lists the fields"
+    return f"; there are {', '.join(siblings)}" if siblings else "; --help lists the fields"
 
 
 def describe(type_: Any) -> str:
