@@ -161,6 +161,7 @@ def test_each_variant_is_trained_once_and_stands_in_the_table(ablate, ablation, 
     assert not (tmp_path / "runs" / "rates" / before.name).exists()  # of another base nothing is finished
 
 
+@pytest.mark.soak
 def test_a_variant_that_fails_is_named_and_the_others_go_on(ablate, ablation, tmp_path, capsys):
     ablation.write_text('base = "tiny.toml"\n[[vary]]\n"model.n_heads" = [3, 2]\n')
     assert ablate.main([str(ablation), "--runs", "runs"]) == 1

@@ -17,7 +17,7 @@ from minillm.plan import count_parameters
 from minillm.recipe import read_layers
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-NAMES = sorted(path.name for path in CONFIGS.glob("*.toml") if not path.name.startswith("sft-"))
+NAMES = sorted(path.name for path in CONFIGS.glob("*.toml") if not path.name.startswith(("sft-", "dpo-")))
 # name -> (tokens of the vocabulary, parameters as published)
 PUBLISHED = {
     "gpt2-124m.toml": (50_257, 124_439_808),

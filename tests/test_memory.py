@@ -110,7 +110,7 @@ LAYOUTS = {
         (UNTIED, ONE_ROW),
         (WIDE, ONE_ROW | {"adapt": adapters()}),
     ],
-    Layout("fsdp", 1, 4, 1): [({"n_layers": 6}, {"activation_checkpointing": "full", "rows": 1}), (UNTIED, ONE_ROW)],
+    Layout("fsdp", 1, 4, 1): [({"n_layers": 6}, {"activation_checkpointing": "full", "rows": 1})],
     Layout("hsdp", 2, 2, 1): [(UNTIED, ONE_ROW | {"accumulates": True})],
     Layout("ddp", 1, 1, 2): [(UNTIED, ONE_ROW), (WIDE, ONE_ROW | {"precision": "bf16"})],
     Layout("fsdp", 1, 2, 2): [(WIDE, ONE_ROW)],
