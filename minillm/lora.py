@@ -69,10 +69,14 @@ class LoRAConfig:
             raise ValueError("\n".join(problems))
 
     @property
+    def actual_alpha(self) -> float:
+        """`alpha`, or 2 r where none is given."""
+        return 2.0 * self.r if self.alpha is None else self.alpha
+
+    @property
     def scale(self) -> float:
         """By which the product of the two small matrices is multiplied."""
-        alpha = 2.0 * self.r if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        return self.actual_alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
 
 def default_of(config_field: dataclasses.Field) -> object:

@@ -448,15 +448,29 @@ def test_a_run_that_goes_on_prefers_the_same_in_the_same_way(workplace, capsys):
     assert run(*ONE_STEP) == 0
     write_rows("other.jsonl", [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()[1:]])
     for words, said in (
-        (["--dpo.beta", 0.2], "dpo.beta was None, is 0.2"),
-        (["--dpo.sft_weight", 2], "dpo.sft_weight was None, is 2.0"),
-        (["--dpo.label_smoothing", 0.1], "dpo.label_smoothing was None, is 0.1"),
+        (["--dpo.beta", 0.2], "dpo.beta was 0.1, is 0.2"),
+        (["--dpo.sft_weight", 2], "dpo.sft_weight was 0.2, is 2.0"),
+        (["--dpo.label_smoothing", 0.1], "dpo.label_smoothing was 0.0, is 0.1"),
         (["--dpo.loss", "hinge"], "dpo.loss was dpo, is hinge"),
         (["--data.path", "other.jsonl"], "data_hash was"),
     ):
         line = failure(capsys, again, "tuned", "auto", "--train.max_steps", 8, *words)
         assert "another run than the one to be continued" in line
         assert said in line
+
+
+@pytest.mark.parametrize(
+    ("words", "usual"),
+    [
+        (["--lora.r", 2], ["--dpo.beta", 0.1, "--dpo.sft_weight", 0.2, "--dpo.label_smoothing", 0, "--lora.alpha", 4]),
+        (["--dpo.loss", "simpo"], ["--dpo.beta", 2, "--dpo.gamma", 1]),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_when_it_is_told_what_was_usual_anyway(workplace, words, usual):
+    assert run(*ONE_STEP, *words) == 0
+    assert again("tuned", "auto", "--train.max_steps", 2, *usual) == 0
+    assert [row["step"] for row in losses("runs/tuned")] == [1, 2]
 
 
 def other_weights():

@@ -120,12 +120,14 @@ def test_simpo_is_its_papers_formula():
 
 def test_losses_by_name_take_what_their_entries_say():
     for name, entry in LOSSES.items():
-        takes = set(inspect.signature(entry.function).parameters)
+        parameters = inspect.signature(entry.function).parameters
+        takes = set(parameters)
         assert ("policy_chosen" in takes) == entry.paired, name
         assert any(argument.startswith("reference") for argument in takes) == entry.reference, name
         columns = [argument for argument in takes if argument.startswith(("policy", "reference"))]
         assert takes - set(columns) - {"desirable", "kl"} == {"beta", *entry.options}, name
-        assert inspect.signature(entry.function).parameters["beta"].default == entry.beta, name
+        usual = {"beta": entry.beta, **entry.options}
+        assert {argument: parameters[argument].default for argument in usual} == usual, name
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -56,7 +56,7 @@ def save_peft(model: Transformer, directory: str | Path, base: str | None = None
     config: LoRAConfig = next(iter(layers.values())).config
     in_full = [name for name in tensors if "lora_" not in name]
     values = {key: getattr(config, field) for key, field in FIELDS.items()} | {
-        "lora_alpha": 2 * config.r if config.alpha is None else config.alpha,
+        "lora_alpha": config.actual_alpha,
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,

@@ -13,7 +13,8 @@ rewards carry none. What they share: a reward r of a response, and h, that of th
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -147,7 +148,7 @@ class PreferenceLoss(NamedTuple):
     mean: bool  # log-probabilities a token instead of their sums
     beta: float  # the usual one
     sft_weight: float  # of -log p of the chosen answer, a token, that is minimised beside it unless another is given
-    options: tuple[str, ...] = ()  # the other numbers that it takes
+    options: Mapping[str, float] = MappingProxyType({})  # the other numbers that it takes, and the usual ones
 
 
 # Losses that ask for a distance alone let both answers become unlikely, which an SFT term of this weight stops
@@ -155,10 +156,10 @@ class PreferenceLoss(NamedTuple):
 KEEPS_CHOSEN = 0.2
 
 LOSSES = {
-    "dpo": PreferenceLoss(dpo_loss, True, True, False, 0.1, KEEPS_CHOSEN, ("label_smoothing",)),
+    "dpo": PreferenceLoss(dpo_loss, True, True, False, 0.1, KEEPS_CHOSEN, {"label_smoothing": 0.0}),
     "hinge": PreferenceLoss(hinge_loss, True, True, False, 0.1, KEEPS_CHOSEN),
     "ipo": PreferenceLoss(ipo_loss, True, True, True, 0.1, KEEPS_CHOSEN),
-    "kto": PreferenceLoss(kto_loss, False, True, False, 0.1, 0.0, ("desirable_weight", "undesirable_weight")),
+    "kto": PreferenceLoss(kto_loss, False, True, False, 0.1, 0.0, {"desirable_weight": 1.0, "undesirable_weight": 1.0}),
     "orpo": PreferenceLoss(orpo_loss, True, False, True, 0.1, 1.0),
-    "simpo": PreferenceLoss(simpo_loss, True, False, True, 2.0, KEEPS_CHOSEN, ("gamma",)),
+    "simpo": PreferenceLoss(simpo_loss, True, False, True, 2.0, KEEPS_CHOSEN, {"gamma": 1.0}),
 }

@@ -66,14 +66,14 @@ class Preference:
         if loss not in LOSSES:
             raise ValueError(f"loss: {loss!r} is not known ({', '.join(LOSSES)})")
         self.loss = LOSSES[loss]
-        if unknown := sorted(options.keys() - set(self.loss.options)):
+        if unknown := sorted(options.keys() - self.loss.options.keys()):
             takes = ", ".join(("beta", *self.loss.options))
             raise ValueError(f"{unknown[0]}: has no effect on the loss {loss}, which takes {takes}")
         if self.loss.reference != (reference is not None):
             needs = "compares with a reference; give one" if self.loss.reference else "has no reference; leave it out"
             raise ValueError(f"reference: the loss {loss} {needs}")
         self.reference = reference
-        self.options = {"beta": self.loss.beta if beta is None else beta, **options}
+        self.options = {"beta": self.loss.beta if beta is None else beta, **self.loss.options, **options}
         self.sft_weight = self.loss.sft_weight if sft_weight is None else sft_weight
         self.head = {"vocab_size": vocab_size, "chunk_tokens": chunk_tokens}
         self.whole: Whole | None = None  # None: a batch is looked at as if it were all there is

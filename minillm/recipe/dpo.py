@@ -50,17 +50,20 @@ class DPOConfig(AnswersConfig, PairsConfig):
         "first where all pairs are seen, else what needs least",
     ] = "auto"
 
-    def options(self) -> dict[str, float]:
-        """The numbers that were given of those that only some losses take."""
-        return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
+    def numbers(self) -> dict[str, float]:
+        """The numbers that the loss takes: those that were given, and the usual ones in the place of the others."""
+        loss = LOSSES[self.loss]
+        usual = {"beta": loss.beta, "sft_weight": loss.sft_weight, **loss.options}
+        given = {name: getattr(self, name) for name in usual}
+        return {name: usual[name] if value is None else value for name, value in given.items()}
 
     def problems(self) -> list[str]:
         """What contradicts itself, a line each."""
         problems = super().problems()
-        takes = LOSSES[self.loss].options
         problems += [
             f"{name}: has no effect on the loss {self.loss}; leave it out"
-            for name in self.options().keys() - set(takes)
+            for name in OPTIONS
+            if getattr(self, name) is not None and name not in LOSSES[self.loss].options
         ]
         if self.reference != "auto" and not LOSSES[self.loss].reference:
             problems.append(f"reference: the loss {self.loss} has none; leave it out")
@@ -122,17 +125,16 @@ def preference_objective(settled: Settled) -> Preference:
     return Preference(
         dpo.loss,
         cached if LOSSES[dpo.loss].reference else None,
-        beta=dpo.beta,
-        sft_weight=dpo.sft_weight,
         vocab_size=settled.shape.vocab_size,
-        **dpo.options(),
+        **dpo.numbers(),
     )
 
 
 def preferred_over(config: PreferenceConfig, start: Path | None) -> tuple[str | None, dict[str, Any]]:
     """(where the base of adapters is, what a run must agree on that goes on): the reference too is the same then."""
     base_path, must_agree = base_of(config)
-    must_agree |= {f"dpo.{name}": getattr(config.dpo, name) for name in ("loss", "beta", "sft_weight", *OPTIONS)}
+    must_agree |= {"dpo.loss": config.dpo.loss}
+    must_agree |= {f"dpo.{name}": value for name, value in config.dpo.numbers().items()}
     if LOSSES[config.dpo.loss].reference:
         must_agree["start_sha256"] = start_hash(config, start)
     return base_path, must_agree

@@ -140,7 +140,8 @@ def base_of(config: TuningConfig) -> tuple[str | None, dict[str, Any]]:
     else:
         base_sha256 = hash_at(config.model.path)
         path = str(find_folder(config.model.path).resolve())
-    return path, {"base_sha256": base_sha256, "lora": dataclasses.asdict(config.lora)}
+    lora = dataclasses.replace(config.lora, alpha=config.lora.actual_alpha)
+    return path, {"base_sha256": base_sha256, "lora": dataclasses.asdict(lora)}
 
 
 def adapters_at(model_path: str | None) -> Adapters | None:
