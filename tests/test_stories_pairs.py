@@ -4,9 +4,13 @@ import hashlib
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from minillm.data import stories
+from minillm.data.config import PreferencesConfig
+from minillm.data.corpus import with_pairs
 from minillm.data.stories import pairs, write_pairs, write_questions
 from minillm.data.stories.questions import FAMILIES
 from minillm.data.stories.unknown import NOBODY_KNOWS, STRANGERS, UNKNOWN
@@ -69,3 +73,26 @@ def test_what_is_rejected_is_no_habit(found):
     rejected = Counter(one.rejected for one in found["train"] if one.question.family == UNKNOWN)
     assert len(rejected) > 100
     assert max(rejected.values()) < 0.05 * rejected.total()
+
+
+def test_a_section_without_a_path_gets_the_pairs_and_those_that_are_held_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(stories, "N_PAIRS", 200)
+    monkeypatch.setattr(stories, "N_HELD_OUT", 10)
+    left_open = PreferencesConfig(cache_dir=str(tmp_path))
+    data = with_pairs(left_open)
+    learned = Path(data.path).read_text().splitlines()
+    assert len(learned) == 200
+    read = {path.stem: path.read_text().splitlines() for path in Path(data.val).iterdir()}
+    assert {name: len(rows) for name, rows in read.items()} == dict.fromkeys((UNKNOWN, *FAMILIES), 10)
+    assert not {row for rows in read.values() for row in rows} & set(learned)
+    assert with_pairs(data) == data
+
+    Path(data.path).write_text("what is there is not written again")
+    assert with_pairs(left_open) == data
+    assert Path(data.path).read_text() == "what is there is not written again"
+
+    said = PreferencesConfig(cache_dir=str(tmp_path), val="hash 0.1")
+    assert (with_pairs(said).path, with_pairs(said).val) == (data.path, "hash 0.1")
+    own = PreferencesConfig(cache_dir=str(tmp_path / "untouched"), path="own.jsonl")
+    assert with_pairs(own) == own
+    assert not (tmp_path / "untouched").exists()
