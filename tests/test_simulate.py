@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import train
 from minillm import cli
@@ -11,6 +12,7 @@ from minillm.distributed.config import layout
 from minillm.log import run_command
 from minillm.memory import GIB
 from minillm.model.presets import preset
+from minillm.model.transformer import Transformer
 from minillm.plan import count_parameters, flops_per_token
 from minillm.recipe import read_layers
 from minillm.simulate import Plan, simulate
@@ -92,6 +94,22 @@ def test_adapters_take_less_of_everything():
     assert {one["tp"] for one in adapters["layouts"]} == {1}
 
 
+@pytest.mark.parametrize("section", ["sft", "dpo"])
+def test_frozen_weights_have_no_gradients_and_no_moments(config, section):
+    words = "--gpus 1 --gpu_memory 1000 --train.micro_batch_size 1 --optim.name adamw".split()
+    whole, frozen = planned(config, *words), planned(config, *words, f"--{section}.frozen", "embed,blocks.1?.*")
+    with torch.device("meta"):
+        model = Transformer(build(Plan, read_layers(Plan, [str(config)])).model.to_config(vocab_size=32_000))
+    trained = sum(p.numel() for block in (*model.blocks[:10], *model.blocks[20:]) for p in block.parameters())
+    trained += model.norm.weight.numel()  # the head is tied to what is frozen
+    ours, theirs = (found["layouts"][0]["memory"] for found in (frozen, whole))
+    assert (ours["weights"], ours["gradients"]) == (theirs["weights"], 4 * trained)
+    assert ours["moments"] == pytest.approx(8 * trained, rel=1e-4)
+    assert ours["peak"] < theirs["peak"]
+    assert frozen["flops_per_token"] < whole["flops_per_token"]
+    assert frozen["suggested"]["step_seconds"] < whole["suggested"]["step_seconds"]
+
+
 def test_without_an_end_the_tokens_are_those_of_hoffmann():
     found = planned("--model.preset", "llama2-7b", "--gpus", 64)
     assert found["tokens"] == round(found["optimal_tokens"]["hoffmann"])
@@ -141,6 +159,7 @@ def test_what_is_given_is_kept(config):
         (["--gpus", 8, "--parallel.strategy", "fsdp", "--parallel.dp_shard", 3], "dp_shard 3"),
         (["--tokenizer.vocab_size", "none"], "tokenizer.vocab_size: a plan needs to know it"),
         (["--data.seq_len", 4096], "longer than model.max_seq_len"),
+        (["--sft.frozen", "blocks.99.*"], "sft.frozen: 'blocks.99.*' fits no weight"),
     ],
 )
 def test_what_cannot_be_is_one_clear_line(config, capsys, words, message):

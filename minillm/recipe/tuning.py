@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -87,7 +87,8 @@ class TuningConfig(RecipeConfig):
             )
         with torch.device("meta"):
             model = Transformer(self.model.to_config(vocab_size=1))
-        for change in (partial(freeze, config=self), partial(with_adapters, config=self.lora)):
+        freezing = partial(freeze, patterns=self.own.frozen, field_name=f"{self.SECTION}.frozen")
+        for change in (freezing, partial(with_adapters, config=self.lora)):
             try:
                 change(model)
             except ValueError as error:
@@ -98,10 +99,10 @@ class TuningConfig(RecipeConfig):
 # --- what is trained --------------------------------------------------------------------------------------------------
 
 
-def freeze(model: nn.Module, config: TuningConfig) -> None:
+def freeze(model: nn.Module, patterns: Sequence[str], field_name: str) -> None:
     """Leave the parameters that `frozen` fits out of training. Raises ValueError where a pattern fits none, or all."""
-    named, field_name = parameter_names(model), f"{config.SECTION}.frozen"
-    for pattern in config.own.frozen:
+    named = parameter_names(model)
+    for pattern in patterns:
         fitting = [name for name in named if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
         if not fitting:
             names = list(named)
@@ -120,13 +121,13 @@ def with_adapters(model: nn.Module, config: LoRAConfig) -> None:
 
 def as_trained(model: Transformer, config: TuningConfig) -> None:
     """`adapt` without a word, and without values: what is frozen, and which adapters there are."""
-    freeze(model, config)
+    freeze(model, config.own.frozen, f"{config.SECTION}.frozen")
     with_adapters(model, config.lora)
 
 
 def adapt(model: Transformer, config: TuningConfig) -> None:
     """Freeze what is not trained, and add what is trained in its stead."""
-    freeze(model, config)
+    freeze(model, config.own.frozen, f"{config.SECTION}.frozen")
     apply_lora(model, config.lora, config.run.seed)
 
 

@@ -9,13 +9,14 @@ from minillm.data.config import DataConfig
 from minillm.distributed.config import ParallelConfig
 from minillm.distributed.device import DATASHEET_BF16
 from minillm.log import LogConfig
-from minillm.lora import LoRAConfig, add_adapters
+from minillm.lora import LoRAConfig
 from minillm.model.config import ModelConfig, ModelSection
 from minillm.model.presets import preset
 from minillm.model.transformer import Transformer
 from minillm.optim import OptimConfig
 from minillm.recipe.dpo import DPOConfig
 from minillm.recipe.sft import SFTConfig
+from minillm.recipe.tuning import freeze, with_adapters
 from minillm.run import RunConfig
 from minillm.tokenizer import TokenizerConfig, load_tokenizer
 from minillm.trainer import TrainConfig
@@ -95,7 +96,7 @@ class Run:
     samples: int  # of seq_len tokens, a step
     precision: str
     assumed: tuple[str, ...]  # what was given nowhere
-    adapt: Callable[[Transformer], object] | None = None  # adds adapters
+    adapt: Callable[[Transformer], object] | None = None  # freezes weights and adds adapters; None: all is trained
 
     @property
     def batch_tokens(self) -> int:
@@ -119,8 +120,16 @@ def completed_run(plan: Plan) -> Run:
     if batch_tokens % seq_len:
         raise ValueError(f"train.batch_tokens: {batch_tokens} is no multiple of data.seq_len {seq_len}")
     precision = "bf16" if plan.train.precision == "auto" else plan.train.precision
-    adapt = partial(add_adapters, config=plan.lora) if plan.lora.r else None
+    in_full = not (plan.lora.r or plan.sft.frozen or plan.dpo.frozen)
+    adapt = None if in_full else partial(as_trained, plan=plan)
     return Run(model, plan.optim, seq_len, batch_tokens // seq_len, precision, tuple(assumed), adapt)
+
+
+def as_trained(model: Transformer, plan: Plan) -> None:
+    """What sft.py or dpo.py does to a model: what is frozen, and which adapters there are."""
+    freeze(model, plan.sft.frozen, "sft.frozen")
+    freeze(model, plan.dpo.frozen, "dpo.frozen")
+    with_adapters(model, plan.lora)
 
 
 def vocabulary(plan: Plan) -> int:
