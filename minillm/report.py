@@ -12,9 +12,12 @@ from minillm.run import RunDirectory
 from minillm.tokenizer import Tokenizer
 
 WIDTH = 160  # characters of a question, and of an answer
-PREFERENCES = {  # what is summed up of pairs: in words, and as which number
+PREFERENCES = {  # what is summed up of preferences: in words, and as which number
     "preference_accuracy": ("chosen over rejected, by reward", ".1%"),
+    "label_accuracy": ("answers rewarded as labelled", ".1%"),
     "ranking_accuracy": ("chosen likelier than rejected", ".1%"),
+    "rewards_chosen": ("reward of a chosen answer", ".3f"),
+    "rewards_rejected": ("reward of a rejected answer", ".3f"),
     "margin": ("margin between the rewards", ".3f"),
     "kl": ("distance from the reference, k2, nats a token", ".3f"),
     "answer_length": ("characters of an answer", ".1f"),

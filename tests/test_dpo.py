@@ -125,7 +125,7 @@ def test_a_run_leaves_everything_that_it_promises(workplace, capsys):
     assert held_out <= before.keys()
     assert (before["val_kl"], before["val_margin"], before["val_preference_accuracy"]) == (0, 0, 0.5)
     found = summary()
-    for name in ("preference_accuracy", "ranking_accuracy", "margin", "kl"):
+    for name in ("preference_accuracy", "ranking_accuracy", "rewards_chosen", "rewards_rejected", "margin", "kl"):
         assert found[name] == {"before": before[f"val_{name}"], "after": rows[-1][f"val_{name}"]}
     assert set(found["exact_match"]) == {"before", "after", "majority", "files"}
     for when, length in found["answer_length"].items():
@@ -153,7 +153,7 @@ def test_what_is_preferred_is_learned(workplace):
 def test_with_nothing_held_out_nothing_is_summed_up_of_it(workplace, capsys):
     assert run("--data.val", 0, *ONE_STEP) == 0
     assert "chosen over rejected" not in capsys.readouterr().out
-    assert not {"preference_accuracy", "margin", "kl", "win_rate"} & summary().keys()
+    assert not {"preference_accuracy", "rewards_chosen", "margin", "kl", "win_rate"} & summary().keys()
 
 
 def test_the_loss_does_not_depend_on_how_a_step_is_divided(workplace):
@@ -267,15 +267,35 @@ def test_every_loss_of_pairs_trains(workplace, loss):
 
 
 @pytest.mark.parametrize("words", [KTO, ["--dpo.loss", "kto"]], ids=["labels", "pairs"])
-def test_answers_are_learned_one_by_one(workplace, words):
+def test_answers_are_learned_one_by_one(workplace, capsys, words):
     assert run(*words, *ASKED, "--train.max_steps", 20, "--train.eval_every", 20, "--optim.warmup_steps", 2) == 0
     first, *_, last = read_metrics(Path("runs/tuned/metrics.jsonl"))
-    assert last["val_rewards_chosen"] > last["val_rewards_rejected"]
+    assert last["val_margin"] == pytest.approx(last["val_rewards_chosen"] - last["val_rewards_rejected"], rel=1e-4)
     assert first["kl"] == first["kto_kl"] == 0 < last["kl"]
-    assert not {"margin", "preference_accuracy"} & last.keys(), "nothing says which answers belong together"
+    assert not {"preference_accuracy", "ranking_accuracy"} & last.keys(), "nothing says which answers belong together"
     found = summary()
-    assert set(found["kl"]) == {"before", "after"}
+    assert (found["margin"]["before"], found["label_accuracy"]["before"]) == (0, 0.5)
+    assert found["margin"]["after"] > 0.1
+    assert found["label_accuracy"]["after"] > 0.7
+    for name in ("rewards_chosen", "rewards_rejected", "kl"):
+        assert found[name] == {"before": 0, "after": last[f"val_{name}"]}
     assert found["exact_match"].keys() >= {"before", "after"}
+    shown = capsys.readouterr().out
+    for line in ("answers rewarded as labelled", "reward of a chosen answer", "margin between the rewards"):
+        assert line in shown
+
+
+def test_held_out_answers_of_one_kind_are_summed_up_without_a_margin(workplace, capsys):
+    good = [json.loads(line) for line in Path("labels.jsonl").read_text().splitlines()][:8:2]
+    assert all(row["label"] for row in good)
+    write_rows("held_labels.jsonl", good)
+    assert run(*KTO, "--train.max_steps", 3) == 0
+    found, shown = summary(), capsys.readouterr().out
+    assert set(found["rewards_chosen"]) == set(found["label_accuracy"]) == {"before", "after"}
+    assert not {"rewards_rejected", "margin"} & found.keys()
+    assert "reward of a chosen answer" in shown
+    assert "reward of a rejected answer" not in shown
+    assert "margin between" not in shown
 
 
 # --- stopped and continued --------------------------------------------------------------------------------------------

@@ -144,6 +144,46 @@ def test_metrics_are_means_over_pairs_of_what_answers_give_one_by_one():
     assert 0 < found["preference_accuracy"] < 1
 
 
+def kto_figures(model, reference, documents, batches):
+    """What KTO says of documents, and the same from forwards of one answer at a time."""
+    objective = Preference("kto", Frozen(reference), beta=0.2).prepare(model, batches, lambda tensor: tensor)
+    metrics = [objective(model, batch)[1] for batch in batches]
+    totals = {name: [sum(float(one[name][i]) for one in metrics) for i in (0, 1)] for name in metrics[0]}
+    found = {name: total / count for name, (total, count) in totals.items() if count}
+    with torch.no_grad():
+        ratios = [
+            {branch: float(a[branch].sum() - b[branch].sum()) for branch in a}
+            for a, b in zip(answer_logprobs(model, documents), answer_logprobs(reference, documents))
+        ]
+    kl = max(0.0, sum(one[3] for one in ratios) / len(ratios))
+    rewards = {branch: [0.2 * one[branch] for one in ratios if branch in one] for branch in (1, 2)}
+    right = [reward > 0.2 * kl for reward in rewards[1]] + [reward < 0.2 * kl for reward in rewards[2]]
+    expected = {f"rewards_{side}": sum(r) / len(r) for side, r in zip(("chosen", "rejected"), rewards.values()) if r}
+    expected |= {"kto_kl": kl, "label_accuracy": sum(right) / len(right)}
+    return found, expected
+
+
+def test_answers_with_labels_are_told_apart_by_the_point_from_which_gains_count():
+    """However they fall into batches: of either kind there are not equally many in each."""
+    model, reference, documents = model_of(0), model_of(1), documents_for("kto", 14)
+    whole = Trees(documents).batch(48)
+    for batches in ([whole], [whole.rows(0, 1), whole.rows(1, len(whole.tokens))]):
+        found, expected = kto_figures(model, reference, documents, batches)
+        expected["margin"] = expected["rewards_chosen"] - expected["rewards_rejected"]
+        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert 0 < found["label_accuracy"] < 1
+    assert found["kto_kl"] > 0
+
+
+@pytest.mark.parametrize(("kind", "said", "missing"), [(1, "chosen", "rejected"), (2, "rejected", "chosen")])
+def test_answers_of_one_kind_have_no_margin(kind, said, missing):
+    documents = some_documents(6, (kind, 3))
+    found, expected = kto_figures(model_of(0), model_of(1), documents, [Trees(documents).batch(48)])
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert f"rewards_{said}" in found
+    assert not {"margin", f"rewards_{missing}"} & found.keys()
+
+
 def test_losses_by_means_rank_answers_by_means():
     model, documents = model_of(), documents_for("simpo", 12)
     total, count = Preference("simpo")(model, Trees(documents).batch(48))[1]["ranking_accuracy"]

@@ -62,7 +62,7 @@ PREFERENCES = (  # of runs that have them: a title, and keys, each with its colo
         "rewards, margin (black)",
         {"rewards_chosen": (TRAIN, "-"), "rewards_rejected": (REJECTED, "-"), "margin": (INK, "-")},
     ),
-    ("share of pairs told apart", {"preference_accuracy": (TRAIN, "-")}),
+    ("share told apart", {"preference_accuracy": (TRAIN, "-"), "label_accuracy": (TRAIN, "-")}),
     ("KL to the reference", {"kl": (TRAIN, "-")}),
 )
 VAL = ("#e07b39", "#3c9d6e", "#a34fa3", "#c23b4b", "#8a6d3b", "#4aa3b8")

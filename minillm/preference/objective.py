@@ -4,8 +4,9 @@ A document is a prompt with answers as its branches (data/rows.py): 1 chosen, or
 3 the answer to another prompt, by which KTO measures how far the policy has moved. Rows are packed with whole
 documents.
 
-Two things are known only of the whole batch, all micro-batches of all ranks: the KL of KTO, and by how many tokens the
-loss on the chosen answers is to be divided. `prepare` finds them out before the first forward.
+Some things are known only of the whole batch, all micro-batches of all ranks: the KL of KTO, by how many tokens the
+loss on the chosen answers is to be divided, and how many answers of either kind there are. `prepare` finds them out
+before the first forward.
 
 Shapes: B batch, T time, N documents (B * T places for them, of which most are empty).
 """
@@ -32,6 +33,7 @@ class Whole(NamedTuple):
     """What is known of the whole batch."""
 
     units_per_token: Tensor | float  # pairs, or answers, by tokens of chosen answers
+    answers: Tensor  # (2,): how many are chosen, or desirable, and how many rejected
     kl: Tensor | None  # where the loss asks for it
 
 
@@ -49,7 +51,10 @@ class Preference:
     between those, and their lengths in tokens; the share of pairs in which the chosen one has the greater reward
     (`preference_accuracy`), and in which it is the likelier to the policy alone (`ranking_accuracy`), a tie being
     half. `kl`: a token, how far the policy has moved from the reference on these answers (see `divergence`).
-    `kto_kl`: the KL of KTO's formula, an answer.
+
+    Where the loss takes no pairs, they are means over the answers of each kind, and the margin is the difference of
+    these; the share is that of answers that `told_apart` finds (`label_accuracy`); `kto_kl` is the KL of KTO's formula,
+    an answer.
     """
 
     def __init__(
@@ -92,14 +97,15 @@ class Preference:
         with looking(model):
             for batch in micro_batches:
                 length = lengths(batch)  # on the host, where batches are still
-                counts.append(torch.stack([self.units(length).sum(), length[:, CHOSEN].sum()]))
+                of_either_kind = answered(length).sum(0)  # (2,)
+                counts.append(torch.stack([self.units(length).sum(), length[:, CHOSEN].sum(), *of_either_kind]))
                 if not self.loss.paired:
                     ratios.append(self.mismatched_ratios(model, batch.to(device)))
-        units, chosen_tokens = sum_over_ranks(torch.stack(counts).sum(0)).tolist()
+        units, chosen_tokens, *answers = sum_over_ranks(torch.stack(counts).sum(0)).tolist()
         if not self.loss.paired:
             kl = mean_kl(sum_over_ranks(torch.stack(ratios).sum(0)))
         prepared = copy.copy(self)
-        prepared.whole = Whole(units / max(1, chosen_tokens), kl)
+        prepared.whole = Whole(units / max(1, chosen_tokens), torch.tensor(answers, device=device), kl)
         return prepared
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -122,7 +128,7 @@ class Preference:
             metrics["sft_loss"] = (sft_loss.detach(), length[:, CHOSEN].sum())
             # so that the trainer, which divides by units, divides this by tokens
             loss_sum = loss_sum + self.sft_weight * whole.units_per_token * sft_loss
-        metrics |= self.figures(ours.detach(), theirs, rewards, length)
+        metrics |= self.figures(ours.detach(), theirs, rewards, length, whole)
         if theirs is not None:
             learned = answers.targets != IGNORE_INDEX
             metrics["kl"] = divergence(policy.detach(), reference).where(learned, 0).sum(), learned.sum()
@@ -134,8 +140,7 @@ class Preference:
 
     def units(self, length: Tensor) -> Tensor:
         """Which documents have a pair, (N,), or which have which answer, (N, 2), of what has these lengths."""
-        answered = length[:, CHOSEN : REJECTED + 1] > 0
-        return answered.all(1) if self.loss.paired else answered
+        return answered(length).all(1) if self.loss.paired else answered(length)
 
     def losses(self, ours: Tensor, theirs: Tensor | None, length: Tensor, whole: Whole) -> tuple[Tensor, Tensor]:
         """(losses, rewards): one loss a unit, rewards (N, 2) of the answers; what is not there has some numbers too."""
@@ -153,7 +158,7 @@ class Preference:
         desirable = (torch.arange(2, device=ours.device) == 0).expand(len(ours), 2)
         return self.loss.function(*models, desirable, whole.kl.to(ours.dtype), **self.options)
 
-    def figures(self, ours: Tensor, theirs: Tensor | None, rewards: Tensor, length: Tensor) -> Metrics:
+    def figures(self, ours: Tensor, theirs: Tensor | None, rewards: Tensor, length: Tensor, whole: Whole) -> Metrics:
         """What is logged of the answers, without gradients."""
         present = self.units(length)  # (N,) or (N, 2)
         each = present[:, None].expand(-1, 2) if self.loss.paired else present
@@ -171,6 +176,12 @@ class Preference:
             sums = ours / length.clamp(min=1) if self.loss.mean else ours
             likelier = (1 + (sums[:, CHOSEN] - sums[:, REJECTED]).sign()) / 2
             metrics["ranking_accuracy"] = (likelier.where(present, 0).sum(), present.sum())
+            return metrics
+        right = told_apart(rewards, self.options["beta"] * whole.kl)
+        metrics["label_accuracy"] = (right.where(present, 0).sum(), present.sum())
+        # so that divided by all answers of the whole batch it is the difference of the means of both kinds
+        parts = rewards.where(present, 0).sum(0) * whole.answers.sum() / whole.answers.clamp(min=1)  # (2,)
+        metrics["margin"] = (parts[0] - parts[1], present.sum() * whole.answers.all())
         return metrics
 
     def alone(self, model: nn.Module, batch: Batch) -> Whole:
@@ -180,7 +191,8 @@ class Preference:
         if not self.loss.paired:
             with looking(model):
                 kl = mean_kl(self.mismatched_ratios(model, batch))
-        return Whole(self.units(length).sum() / length[:, CHOSEN].sum().clamp(min=1), kl)
+        units_per_token = self.units(length).sum() / length[:, CHOSEN].sum().clamp(min=1)
+        return Whole(units_per_token, answered(length).sum(0), kl)
 
     def mismatched_ratios(self, model: nn.Module, batch: Batch) -> Tensor:
         """(2,): the sum of log(policy / reference) over the answers to other prompts, and their number."""
@@ -188,6 +200,19 @@ class Preference:
         policy, reference = target_logprobs(model, others, **self.head), self.reference(model, others)  # (B, T)
         ratios = by_branch(others, policy - reference.to(policy.dtype))[:, MISMATCHED]
         return torch.stack([ratios.sum(), (lengths(others)[:, MISMATCHED] > 0).sum().to(ratios.dtype)])
+
+
+def answered(length: Tensor) -> Tensor:
+    """Which documents have a chosen answer, and which a rejected one: (N, 2), of what has these lengths."""
+    return length[:, CHOSEN : REJECTED + 1] > 0
+
+
+def told_apart(rewards: Tensor, point: Tensor) -> Tensor:
+    """1 where a reward is on the side of a point that its label says, 0 where on the other, a half where at it: (N, 2).
+
+    KTO counts gains and losses from that point: desirable answers, the first column, are to be above it.
+    """
+    return (1 + (rewards - point).sign() * rewards.new_tensor([1.0, -1.0])) / 2
 
 
 def mean_kl(ratios: Tensor) -> Tensor:

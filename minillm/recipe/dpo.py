@@ -198,7 +198,15 @@ def check_reference(trainer: Trainer) -> None:
 
 # --- what came of it --------------------------------------------------------------------------------------------------
 
-FIGURES = ("preference_accuracy", "ranking_accuracy", "margin", "kl")  # of an evaluation, that are summed up
+FIGURES = (  # of an evaluation, that are summed up: those that the loss has
+    "preference_accuracy",
+    "label_accuracy",
+    "ranking_accuracy",
+    "rewards_chosen",
+    "rewards_rejected",
+    "margin",
+    "kl",
+)
 
 
 def sum_up_preferences(run: RunDirectory, metrics: Sequence[str], summary: dict[str, Any]) -> dict[str, Any]:
