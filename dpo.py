@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
             model,
             objective,
             run,
-            [*trackers, FallingChosen()],
+            [*trackers, FallingChosen(run.metrics)],
             base_path=base_path,
             must_agree=must_agree,
             more_figures=partial(answer_some, model, settled),

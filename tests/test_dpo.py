@@ -318,6 +318,14 @@ def test_a_stopped_run_goes_on_bitwise(workplace, words):
     assert same(weights("runs/on"), weights("runs/tuned"))
 
 
+def test_falling_answers_are_reported_of_a_run_that_was_stopped_before(workplace, capsys):
+    assert run("--train.max_steps", 6) == 0
+    metrics = Path("runs/tuned/metrics.jsonl")
+    write_rows(metrics, [row | {"logprobs_chosen": row["logprobs_chosen"] - 50} for row in read_metrics(metrics)])
+    assert again("tuned", "auto", "--train.max_steps", 10) == 0
+    assert "yet the chosen answers become less likely" in capsys.readouterr().err
+
+
 def test_a_run_that_is_stopped_while_it_answers_answers_when_it_goes_on(workplace, monkeypatch):
     assert run("--run.dir", "runs/whole", *ASKED) == 0
     answer = dpo.answer_held_out

@@ -626,8 +626,8 @@ def row(step, chosen, margin, **more):
     return {"step": step, **figures, "rewards_chosen": margin, "rewards_rejected": 0.0, **more}
 
 
-def watched(rows):
-    watch = FallingChosen("advice")
+def watched(rows, metrics=None):
+    watch = FallingChosen(metrics, "advice")
     watch.begin(0)
     for one in rows:
         watch.write(one)
@@ -667,6 +667,26 @@ def test_without_a_reference_chosen_answers_are_compared_with_the_first_rows(cap
     assert not caplog.records
     watched(rows)
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_a_run_that_goes_on_is_warned_as_if_it_had_not_stopped(tmp_path, caplog, reference):
+    """Of the rows that it wrote before some are what answers are compared with, and some have been reported."""
+    rows = [row(step, -20 - step / 10, step / 100) for step in range(40)]
+    if not reference:
+        rows = [{name: value for name, value in one.items() if not name.startswith("reference")} for one in rows]
+    watched(rows)
+    (uninterrupted,) = caplog.messages
+    caplog.clear()
+    metrics = tmp_path / "metrics.jsonl"
+    for cut in (4, 12):
+        metrics.write_text("".join(json.dumps(one) + "\n" for one in rows[:cut]))
+        watched(rows[cut:], metrics)
+        assert caplog.messages == [uninterrupted]
+        caplog.clear()
+    metrics.write_text("".join(json.dumps(one) + "\n" for one in rows[:30]))
+    watched(rows[30:], metrics)
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(
