@@ -298,6 +298,19 @@ def test_held_out_answers_of_one_kind_are_summed_up_without_a_margin(workplace, 
     assert "margin between" not in shown
 
 
+@pytest.mark.parametrize(("prompts", "said"), [(["0?"], 96), (["0?", "1?"], 0)])
+def test_that_the_kl_of_kto_cannot_be_measured_is_said_each_time(workplace, capsys, prompts, said):
+    rows = [json.loads(line) for line in Path("labels.jsonl").read_text().splitlines()]
+    for name, read in (("labels", rows), ("held_labels", rows[:4])):
+        asked = ["0?", "1?"] if name == "held_labels" else prompts
+        write_rows(f"{name}.jsonl", [row | {"prompt": asked[i % len(asked)]} for i, row in enumerate(read)])
+    for name in ("one", "other"):
+        assert run(*KTO, "--run.dir", f"runs/{name}", "--train.max_steps", 2) == 0
+        words = f"{said} of 100 answers stand in files that ask one thing alone"
+        assert (words in capsys.readouterr().err) == bool(said)
+    assert read_metrics(Path("runs/one/metrics.jsonl"))[-1]["kl"] > 0
+
+
 # --- stopped and continued --------------------------------------------------------------------------------------------
 
 

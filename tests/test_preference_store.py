@@ -252,6 +252,23 @@ def test_an_answer_with_a_label_is_stored_beside_the_answer_to_the_next_prompt(t
             assert each[branch_number] == rendered(("user", f"p{number}"), ("assistant", said))
 
 
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ("aabbc", ["b2", "b3", "c4", "c4", "a0"]),
+        ("abba", ["b1", "a3", "a3", "b1"]),
+        ("aaa", [None, None, None]),
+        ("a", [None]),
+    ],
+)
+def test_the_answer_beside_another_is_never_one_to_the_same_prompt(tmp_path, prompts, expected):
+    rows = [{"prompt": p, "completion": f"{p}{number}", "label": True} for number, p in enumerate(prompts)]
+    ready = prepared(tmp_path, rows, "labels")
+    found = unshared(ready.train)
+    assert [TOKENIZER.decode(each[3][0])[-2:] if 3 in each else None for each in found] == expected
+    assert ready.info["preferences"]["mismatched"] == len(rows) - expected.count(None)
+
+
 def test_for_labels_a_pair_is_two_answers(tmp_path):
     found = unshared(prepared(tmp_path, [row(0), row(1)], "labels").train)
     assert [set(each) for each in found] == [{1, 3}, {2, 3}] * 2

@@ -1,9 +1,9 @@
 """Preferences prepared once: rendered by a template, and stored as trees with their branches and what is learned."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Literal
 
@@ -100,21 +100,32 @@ def asked_in(preference: PreferencePair) -> str:
 
 
 def apart(found: Iterator[Found]) -> Iterator[Found]:
-    """The answers one by one, and beside each what answers the next prompt; the last of a file takes that of the first.
+    """The answers one by one, and beside each one to another prompt: to the next of its file, and for the last to an
+    earlier one; none where the file has but one prompt.
 
     The loss that takes them so measures on these how far the model is from its reference.
     """
     for _, of_file in groupby(found, key=lambda one: one.file):
-        first = before = next(of_file)
-        for one in chain(of_file, [first]):
-            for preference in one_by_one(before.example, one.example):
-                yield before._replace(example=preference)
-            before = one
+        prompts = (list(rows) for _, rows in groupby(of_file, key=lambda one: one.example.prompt))
+        first = here = next(prompts)
+        before: list[Found] = []
+        for following in prompts:
+            yield from beside(here, following)
+            before, here = here, following
+        yield from beside(here, before if first[0].example.prompt == here[0].example.prompt else first)
 
 
-def one_by_one(one: PreferencePair, following: PreferencePair) -> Iterator[PreferencePair]:
-    """Each answer of a preference by itself."""
+def beside(found: Sequence[Found], others: Sequence[Found]) -> Iterator[Found]:
+    """The answers to a prompt one by one, each with one of those to another, if there are any."""
+    for one, other in zip(found, cycle(others or [None])):
+        for preference in one_by_one(one.example, other and other.example):
+            yield one._replace(example=preference)
+
+
+def one_by_one(one: PreferencePair, other: PreferencePair | None) -> Iterator[PreferencePair]:
+    """Each answer of a preference by itself, and one of another."""
+    chosen, rejected = (other.chosen, other.rejected) if other else ((), ())
     if one.chosen:
-        yield one._replace(rejected=[], mismatched=following.chosen or following.rejected)
+        yield one._replace(rejected=[], mismatched=chosen or rejected)
     if one.rejected:
-        yield one._replace(chosen=[], mismatched=following.rejected or following.chosen)
+        yield one._replace(chosen=[], mismatched=rejected or chosen)

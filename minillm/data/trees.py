@@ -176,6 +176,7 @@ def counted(whole: Tree, kept: Tree, ends: set[int]) -> dict[str, int]:
         "truncated": whole.length - kept.length,
         "cut_prompts": int(len(kept.prompt) < len(whole.prompt)),
         "cut_answers": int(any(len(a.tokens) < len(b.tokens) for a, b in zip(kept.answers, whole.answers))),
+        "mismatched": int(len(given) < len(kept.answers)),
         "pairs": int(len(given) == 2),
         "chosen": int(CHOSEN in lengths),
         "rejected": int(REJECTED in lengths),

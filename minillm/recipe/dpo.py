@@ -16,6 +16,7 @@ from minillm.data.preference_store import open_preferences
 from minillm.data.trees import PairsConfig
 from minillm.eval.answers import mean_length, win_rate
 from minillm.files import read_json
+from minillm.log import LOGGER
 from minillm.losses import LOSSES
 from minillm.preference import Kept, Preference, WithoutAdapters, cache_reference, cached, open_reference
 from minillm.recipe.answering import read_answers
@@ -100,7 +101,22 @@ def open_pairs(
     tokenizer = train_tokenizer((), tokenizer_config)
     template = find_template(with_template(config, tokenizer).dpo.template, tokenizer)
     answers = "pairs" if LOSSES[config.dpo.loss].paired else "labels"
-    return tokenizer, open_preferences(with_pairs(data), config.dpo, template, tokenizer, answers)
+    sources = open_preferences(with_pairs(data), config.dpo, template, tokenizer, answers)
+    for source in sources if answers == "labels" else ():
+        say_unmatched(source)
+    return tokenizer, sources
+
+
+def say_unmatched(source: Source) -> None:
+    """Warn where there is no answer to another prompt beside some of the answers."""
+    counts = source.prepared.info["preferences"]
+    unmatched = counts["answers"] - counts.get("mismatched", counts["answers"])  # folders from before do not say
+    if unmatched:
+        LOGGER.warning(
+            "%s%d of %d answers stand in files that ask one thing alone: kto measures its KL on answers to other "
+            "prompts, and has none there; where there is none at all, the KL is taken to be 0",
+            *(f"source {source.name}: " if source.name else "data.path: ", unmatched, counts["answers"]),
+        )
 
 
 # --- what it is compared with -----------------------------------------------------------------------------------------
