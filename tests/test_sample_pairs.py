@@ -19,7 +19,7 @@ from minillm.data.preferences import preference_of
 from minillm.data.prompt_rows import PromptFiles, asked_as, read_prompt
 from minillm.data.trees import PairsConfig
 from minillm.eval.sample_pairs import AHEAD, Outcome, answered, pair_of, requests, sample_pairs
-from minillm.eval.scores import Respondent, Scored, edit_distance, find_score, mean_logprob, similarity
+from minillm.eval.scores import Respondent, Scored, edit_distance, find_score, mean_logprobs, similarity
 from minillm.generate.engine import Engine, generate
 from minillm.generate.params import GREATEST_SEED, SamplingParams
 from minillm.load import save
@@ -209,8 +209,26 @@ def test_logprob_is_the_mean_of_the_answers_tokens_with_its_end(template):
     with torch.no_grad():
         logprobs = judge.model(tokens).log_softmax(-1)[0, len(asked) - 1 : -1]
     expected = logprobs.gather(-1, tokens[0, len(asked) :, None]).mean().item()
-    assert mean_logprob(judge, [HI], "abc") == pytest.approx(expected, rel=1e-5)
-    assert mean_logprob(judge, [HI], "abc" * 40) is None
+    assert mean_logprobs(judge, [HI], ["abc", "abc" * 40]) == [pytest.approx(expected, rel=1e-5), None]
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_many_answers_are_judged_in_few_forwards_as_they_are_one_by_one(template):
+    judge, forwards = respondent(template, seed=3), []
+    with torch.no_grad():
+        for parameter in judge.model.parameters():
+            parameter.mul_(3)
+    texts = [letter * (1 + number % 7) for number, letter in enumerate("abcd" * 4)] + ["long" * 40, "b"]
+    alone = [mean_logprobs(judge, [HI], [text])[0] for text in texts]
+    handle = judge.model.register_forward_hook(lambda *_: forwards.append(1))
+    found = mean_logprobs(judge, [HI], texts)
+    handle.remove()
+    assert found == pytest.approx(alone, abs=1e-5)
+    assert found.count(None) == 1
+    assert len(set(found)) > 15
+    assert len(forwards) <= 3
+    assert mean_logprobs(judge, [HI], texts) == found
+    assert mean_logprobs(judge, [HI], []) == []
 
 
 def test_the_likeliest_answer_is_chosen_by_its_own_model_or_another(files, alice):
@@ -227,7 +245,7 @@ def test_the_likeliest_answer_is_chosen_by_its_own_model_or_another(files, alice
     for who, rows in ((alice, own), (judge, judged)):
         for row in rows:
             for side in ("chosen", "rejected"):
-                expected = mean_logprob(who, [Message("user", row["prompt"])], row[side])
+                [expected] = mean_logprobs(who, [Message("user", row["prompt"])], [row[side]])
                 if who is judge or len(row[side]) < 40:  # one that was cut has no end
                     assert row[f"{side}_score"] == pytest.approx(expected, abs=1e-5)
             assert row["chosen_score"] > row["rejected_score"]

@@ -14,14 +14,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from minillm.data.batch import Batch
 from minillm.data.chat import render_all
 from minillm.data.chat_templates import ChatTemplate, Message
 from minillm.data.prompt_rows import PromptRow, asked_as
-from minillm.generate.forward import completion_logprobs, evaluating
-from minillm.generate.params import SamplingParams
-from minillm.generate.request import Request
+from minillm.data.trees import Answer as Branch
+from minillm.data.trees import Tree
+from minillm.generate.forward import evaluating
+from minillm.losses import IGNORE_INDEX
+from minillm.preference import target_logprobs
 from minillm.tokenizer import Tokenizer
 
 
@@ -106,29 +109,70 @@ def by_likelihood(reward: Respondent | None, row: PromptRow, answers: Sequence[A
     if reward is None:
         found = [one.logprob for one in answers]
     else:
-        found = [mean_logprob(reward, row.prompt, one.text) for one in answers]
+        found = mean_logprobs(reward, row.prompt, [one.text for one in answers])
     return [Scored(one.text, score, one.finished) for one, score in zip(answers, found) if score is not None]
 
 
-def mean_logprob(judge: Respondent, prompt: Sequence[Message], text: str) -> float | None:
-    """That of the tokens of an answer with its end, in nats; None where the model's context does not hold them."""
-    asked, learned = asked_and_answered(judge, prompt, text)
-    if len(asked) + len(learned) > judge.model.config.max_seq_len:
-        return None
-    request = Request(asked, SamplingParams(), len(learned), ())
+def mean_logprobs(judge: Respondent, prompt: Sequence[Message], texts: Sequence[str]) -> list[float | None]:
+    """That of the tokens of each answer with its end, in nats; None where the model's context does not hold them.
+
+    As many answers as its context holds go through the model together, behind one prompt.
+    """
+    if not texts:
+        return []
+    asked, answers = asked_and_answered(judge, prompt, texts)
+    found: list[float | None] = [None] * len(texts)
     with torch.inference_mode(), evaluating(judge.model):
-        found = completion_logprobs(judge.model, request, learned)
-    return sum(one.logprob for one in found) / len(found)
+        for numbers in rows_of(len(asked), list(map(len, answers)), judge.model.config.max_seq_len):
+            here = [answers[number] for number in numbers]
+            for number, logprobs in zip(numbers, answer_logprobs(judge.model, asked, here)):
+                found[number] = logprobs.mean().item()
+    return found
 
 
-def asked_and_answered(judge: Respondent, prompt: Sequence[Message], text: str) -> tuple[list[int], list[int]]:
-    """The tokens of a prompt and of an answer with its end, as they are learned."""
+def asked_and_answered(
+    judge: Respondent, prompt: Sequence[Message], texts: Sequence[str]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The tokens of a prompt, and of each answer with its end, as they are learned."""
     if judge.template is not None:
-        [whole] = render_all(judge.template, judge.tokenizer, [[*prompt, Message("assistant", text)]])
-        start, stop = whole.answers[-1]
-        return whole.tokens[:start].tolist(), whole.tokens[start:stop].tolist()
+        conversations = [[*prompt, Message("assistant", text)] for text in texts]
+        rendered = render_all(judge.template, judge.tokenizer, conversations)
+        places = [(whole.tokens, *whole.answers[-1]) for whole in rendered]
+        tokens, start, _ = places[0]  # before each answer stands the same
+        return tokens[:start], [tokens[start:stop] for tokens, start, stop in places]
     end = [] if judge.tokenizer.eos_id is None else [judge.tokenizer.eos_id]
-    return judge.ask(prompt)[0], judge.tokenizer.encode_inside(text).tolist() + end
+    answers = [judge.tokenizer.encode_inside(text).tolist() + end for text in texts]
+    return np.array(judge.ask(prompt)[0]), list(map(np.array, answers))
+
+
+def rows_of(asked: int, answers: Sequence[int], context: int) -> list[list[int]]:
+    """The answers of each row, by number: as many as the context holds behind a prompt of that length; all are lengths.
+
+    Those that it does not hold behind the prompt alone are in none.
+    """
+    rows: list[list[int]] = []
+    length = context  # of the last row: it is full
+    for number, answer in enumerate(answers):
+        if asked + answer > context:
+            continue
+        if length + answer > context:
+            rows.append([])
+            length = asked - 1
+        rows[-1].append(number)
+        length += 1 + answer  # each begins with a copy of the prompt's last token
+    return rows
+
+
+def answer_logprobs(model: nn.Module, asked: np.ndarray, answers: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
+    """log p of each token of answers to one prompt, which are its branches and so do not see each other."""
+    branches = [Branch(1 + number % 2, answer, np.ones(len(answer), bool)) for number, answer in enumerate(answers)]
+    tree = Tree(asked, branches)
+    # the inputs, and behind them the last target: both (1, T + 1)
+    tokens, marks = (torch.from_numpy(array.astype(np.int64))[None] for array in (tree.tokens(), tree.marks()))
+    targets = tokens[:, 1:].where(marks[:, 1:] % 2 == 1, IGNORE_INDEX)
+    batch = Batch(tokens[:, :-1], targets, branches=marks[:, :-1] // 2)
+    logprobs = target_logprobs(model, batch.to(next(model.parameters()).device), model.config.vocab_size)
+    return logprobs[:, targets[0] != IGNORE_INDEX][0].split(list(map(len, answers)))
 
 
 # --- a function -------------------------------------------------------------------------------------------------------
