@@ -539,7 +539,8 @@ def test_what_was_cached_of_other_weights_or_data_is_said_and_computed_anew(work
     assert "none is kept for this model and data; computing" in first
     assert said("second") == []
     other_weights()
-    (third,) = said("third")
+    third, kept = said("third")
+    assert "bytes made for other runs are beside it" in kept
     assert "is of other weights); computing" in third
     assert losses("runs/third")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     write_rows("pairs.jsonl", [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()[1:]])

@@ -545,6 +545,12 @@ def test_what_was_computed_of_something_else_is_not_used_and_that_is_said(tmp_pa
     second = cache(model_of(2, torch.float32), prepared_in(tmp_path, data), **changes)
     assert second != first
     assert f"{first.name} {said}" in caplog.text
+    size = sum(map(len, before.values()))
+    kept = f"{size:,} bytes made for other runs are beside it; when none of these is to go on: rm -r {first}"
+    assert f"reference: {kept}" in caplog.messages
+    caplog.clear()
+    cache(None, prepared_in(tmp_path, data), **changes)
+    assert not caplog.text
     assert files_in(first) == before
     assert files_in(second) != before
 

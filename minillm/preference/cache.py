@@ -13,6 +13,7 @@ T tokens a row.
 
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -66,6 +67,7 @@ def cache_reference(
     if problem:
         if dist.is_main:
             LOGGER.info("reference: %s; computing log-probabilities of %s tokens", problem, total(stores))
+            say_others(path)
         share = partial(write_share, model, seq_len=seq_len, rows=rows, dist=dist, vocab_size=vocab_size)
         compute(share, path, made_from, stores, dist)
     give(path, stores)
@@ -121,12 +123,31 @@ def what_is_wrong(path: Path, made_from: dict[str, str], stores: dict[str, Token
 def what_others_differ_in(path: Path, made_from: dict[str, str]) -> str:
     """What is said of those that are kept beside it."""
     said = []
-    for other in sorted(path.parent.glob("reference-*")):
+    for other in others(path):
         try:
             said.append(f"{other.name} is of {differences(read_json(other / 'index.json')['made_from'], made_from)}")
         except (ValueError, KeyError, TypeError):
             said.append(f"{other.name} is damaged")
     return f" ({'; '.join(said)})" if said else ""
+
+
+def others(path: Path) -> list[Path]:
+    """What is kept beside it of other models, or in another precision."""
+    return sorted(other for other in path.parent.glob("reference-*") if other != path)
+
+
+def say_others(path: Path) -> None:
+    """Say what could be deleted: nobody knows here whether another run is to go on with it."""
+    if kept := others(path):
+        words = f"{sum(map(size, kept)):,}", " ".join(shlex.quote(str(other)) for other in kept)
+        LOGGER.info(
+            "reference: %s bytes made for other runs are beside it; when none of these is to go on: rm -r %s", *words
+        )
+
+
+def size(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def differences(found: dict[str, str], expected: dict[str, str]) -> str:
