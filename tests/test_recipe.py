@@ -1,4 +1,4 @@
-"""What a run that goes on keeps of the earlier one."""
+"""What a run that goes on keeps of the earlier one, and what it reads of its own."""
 
 import json
 
@@ -6,7 +6,10 @@ import pytest
 
 import train
 from minillm.config import Layer
+from minillm.eval.answers import Answered
 from minillm.recipe import earlier
+from minillm.recipe.answering import predictions, read_answers, write_answers
+from minillm.run import RunDirectory
 
 MODEL = {"dim": 64, "n_heads": 4, "ffn_dim": 128, "vocab_multiple": 64}
 RANKS = ("dp_replicate", "dp_shard", "tp")
@@ -50,3 +53,11 @@ def test_what_was_left_open_fits_and_what_is_given_now_stays(tmp_path):
 def test_another_mistake_is_left_to_be_told_with_the_others(tmp_path):
     was = {"strategy": "fsdp", "dp_replicate": None, "dp_shard": 4, "tp": 1}
     assert kept(tmp_path, 2, was, timeout="soon") == [None, 4, 1]
+
+
+def test_answers_are_read_as_they_were_written(tmp_path):
+    """Also where they hold what else ends a line."""
+    answered = [Answered("file", "one\u2028two\x85?", "a\nb\r\n", "\x0c\u2029"), Answered("file", "é", "", " ")]
+    write_answers(predictions(RunDirectory(tmp_path), "after"), answered)
+    assert read_answers(RunDirectory(tmp_path), "after") == answered
+    assert read_answers(RunDirectory(tmp_path), "before") == []

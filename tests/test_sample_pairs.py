@@ -139,7 +139,7 @@ def test_a_row_that_asks_nothing_is_named_or_left_out(files, alice, row, message
 def test_what_is_written_reads_as_the_same_prompt_and_answers():
     calls = say("assistant", "", tool_calls=[{"name": "f", "arguments": {"x": 1}}])
     with_tools = [say("system", "s"), say("user", "a"), calls, say("tool", "1")]
-    tools = [{"type": "function", "function": {"name": "f"}}]
+    tools = [{"type": "function", "function": {"name": name}} for name in ("f", "g\u2028h")]
     for row in ({"prompt": "hi"}, {"messages": TALK}, {"messages": with_tools, "tools": tools}):
         prompt = read_prompt(row).prompt
         found = preference_of(asked_as(prompt) | {"chosen": "ho", "rejected": "no"})

@@ -112,7 +112,7 @@ def read_prompt(row: object, layout: Layout | None = None, source: str = "") -> 
 
 def asked_as(prompt: Sequence[Message]) -> dict[str, Any]:
     """The fields of a row that say what is asked: a text where there is but one question, else messages."""
-    tools = [json.loads(line) for one in prompt if one.role == "tools" for line in one.content.splitlines()]
+    tools = [json.loads(line) for one in prompt if one.role == "tools" for line in one.content.split("\n")]
     said = [one for one in prompt if one.role != "tools"]
     alone = len(said) == 1 and said[0].role == "user"
     return {"prompt": said[0].content if alone else list(map(as_row, said))} | ({"tools": tools} if tools else {})

@@ -35,13 +35,12 @@ def answer_held_out(when: str, trainer: Trainer, settled: Settled, run: RunDirec
         answered = answers(trainer.model, settled, settled.config.own.predict)
     if settled.config.own.predict and not answered:
         LOGGER.warning(
-            "%s.predict: nothing is answered: nothing is held out, or weights are cut over ranks without room for all",
+            "%s.predict: nothing is answered: nothing is held out that has a good answer, or weights are cut over ranks "
+            "without room for all",
             settled.config.SECTION,
         )
     if answered and settled.dist.is_main:
-        path = predictions(run, when)
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, "".join(json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in answered))
+        write_answers(predictions(run, when), answered)
 
 
 def unanswered(settled: Settled, run: RunDirectory) -> bool:
@@ -108,10 +107,16 @@ def predictions(run: RunDirectory, when: str) -> Path:
     return run.path / "predictions" / f"{when}.jsonl"
 
 
+def write_answers(path: Path, answered: Sequence[Answered]) -> None:
+    """Keep answers, a line for each."""
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, "".join(json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in answered))
+
+
 def read_answers(run: RunDirectory, when: str) -> list[Answered]:
     """The answers of one side of training; none where none were kept."""
     path = predictions(run, when)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [Answered(**json.loads(line)) for line in lines]
 
 
