@@ -8,9 +8,11 @@ import torch
 
 from minillm.data.chat import prompt
 from minillm.data.chat_templates import TEMPLATES, Message
-from minillm.data.config import ConversationsConfig
+from minillm.data.config import ConversationsConfig, PreferencesConfig
 from minillm.data.conversation_store import open_conversations
 from minillm.data.masked import TurnsConfig
+from minillm.data.preference_store import open_preferences
+from minillm.data.trees import PairsConfig
 from minillm.eval.answers import (
     METRICS,
     Answered,
@@ -94,3 +96,16 @@ def test_what_is_asked_are_the_last_answers_and_the_tokens_before_them(tmp_path)
     found = answers_of(Transformer(shape), TOKENIZER, asked, (), new_tokens=4)
     assert [one.expected for one in found] == [one.expected for one in asked]
     assert all(one.answer == "" for one in found), "no room after prompts that fill the context"
+
+
+def test_of_preferences_only_those_with_a_chosen_answer_are_asked(tmp_path):
+    """Where good and bad answers alternate, too, as those of pairs do that are taken one by one."""
+    rows = [{"prompt": f"{i}?", "chosen": f"{i}!", "rejected": "no"} for i in range(8)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [rows[0] | {"chosen": ""}, *rows[1:]]))
+    config = PreferencesConfig(path=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path), seq_len=256, val="0")
+    for answers in ("pairs", "labels"):
+        [source] = open_preferences(config, PairsConfig(), CHATML, TOKENIZER, answers)
+        for count, numbers in ((3, [1, 3, 5]), (9, range(1, 8))):
+            asked = last_answers(source.prepared.train, count, TOKENIZER)
+            assert [one.expected for one in asked] == [f"{i}!" for i in numbers]
+            assert asked[0].prompt == prompt(CHATML, TOKENIZER, [Message("user", "1?")])

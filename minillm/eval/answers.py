@@ -46,11 +46,12 @@ class Answered(NamedTuple):
 def last_answers(store: TokenStore, count: int, tokenizer: Tokenizer) -> list[Asked]:
     """So many conversations of a store, evenly spaced, each cut before the last stretch that is learned of it.
 
-    Of preferences it is the chosen answer, which stands next to the prompt; where there is none, nothing is asked.
+    Of preferences it is the chosen answer, which stands next to the prompt; those without one are passed over.
     """
-    count = min(count, store.n_documents)
+    documents = with_chosen_answer(store)
+    count = min(count, len(documents))
     found = []
-    for number in (i * store.n_documents // count for i in range(count)):
+    for number in (documents[i * len(documents) // count] for i in range(count)):
         begin, end = store.document_offsets[number : number + 2].tolist()
         learned, branches = store.trained(begin, end), store.branches(begin, end)
         places = np.flatnonzero(learned if branches is None else learned & (branches == CHOSEN))
@@ -64,6 +65,14 @@ def last_answers(store: TokenStore, count: int, tokenizer: Tokenizer) -> list[As
         group = Path(store.source(number).rpartition(":")[0]).name.partition(".")[0]
         found.append(Asked(tokens[:start], tokenizer.decode(tokens[start:stop]), group))
     return found
+
+
+def with_chosen_answer(store: TokenStore) -> Sequence[int]:
+    """The documents that may have an answer to be asked for: of preferences, which are trees, those with a chosen one."""
+    branches = store.branches(0, store.n_tokens)
+    if branches is None:
+        return range(store.n_documents)
+    return np.unique(np.searchsorted(store.document_offsets, np.flatnonzero(branches == CHOSEN), side="right") - 1)
 
 
 def answers_of(
