@@ -111,6 +111,19 @@ def test_packed_rows_with_shared_prompts_give_the_loss_and_gradient_of_answers_o
     assert len(Trees(documents).batch(48).tokens) < len(documents)  # several a row
 
 
+def test_the_kl_of_kto_is_that_of_answers_to_other_prompts_and_has_no_gradient():
+    """Of a policy that finds these likelier than the reference does, for of others it is 0."""
+    model, reference, documents = model_of(1), model_of(0), documents_for("kto")
+    expected = expected_loss("kto", model, reference, documents, sft_weight=0.0)
+    wanted, batch = gradients(model, expected), Trees(documents).batch(48)
+    objective = Preference("kto", Frozen(reference))
+    for known in (objective, objective.prepare(model, [batch], lambda tensor: tensor)):
+        loss_sum, metrics = known(model, batch)
+        assert metrics["kto_kl"][0] > 0.1
+        torch.testing.assert_close(loss_sum / len(documents), expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(gradients(model, loss_sum / len(documents)), wanted, rtol=1e-8, atol=1e-11)
+
+
 def test_metrics_are_means_over_pairs_of_what_answers_give_one_by_one():
     model, reference, documents = model_of(0), model_of(1), documents_for("dpo")
     _, metrics = Preference("dpo", Frozen(reference), beta=0.2, sft_weight=1.0)(model, Trees(documents).batch(48))
@@ -411,7 +424,7 @@ def reference_of(kind, model):
 @pytest.mark.parametrize("kind", STARTS)
 def test_a_reference_is_the_model_as_it_was_before_training_and_never_changes(kind):
     model, batch = STARTS[kind](), Trees(documents_for("dpo")).batch(48)
-    start = copy.deepcopy(model)
+    start, modes = copy.deepcopy(model), [module.training for module in model.modules()]
     reference = reference_of(kind, model)
     trainer = trainer_of(model, Preference("dpo", reference), batch)
     first = trainer.step()
@@ -420,7 +433,7 @@ def test_a_reference_is_the_model_as_it_was_before_training_and_never_changes(ki
     assert trainer.step()["margin"] > 0  # the policy moves
     with torch.no_grad():
         assert not torch.equal(Frozen(copy.deepcopy(model))(model, batch), reference(model, batch))
-    before, modes = parameters_of(model), [module.training for module in model.modules()]
+    before = parameters_of(model)
     found = reference(model, batch)
     assert torch.equal(found, Frozen(start)(model, batch))
     assert not found.requires_grad
@@ -443,7 +456,7 @@ def test_a_reference_that_was_changed_is_noticed(kind):
         reference.check()
 
 
-def test_nothing_is_dropped_out_of_a_reference_and_it_takes_no_random_numbers():
+def test_nothing_is_dropped_out_of_a_reference_and_it_takes_no_random_numbers(tmp_path):
     model, batch = model_of(dropout=0.5), Trees(documents_for("dpo")).batch(48)
     for reference in (Frozen(copy.deepcopy(model).train()), Kept(model.train())):
         torch.manual_seed(7)
@@ -452,6 +465,11 @@ def test_nothing_is_dropped_out_of_a_reference_and_it_takes_no_random_numbers():
         drawn = torch.rand(3)
         torch.manual_seed(7)
         assert torch.equal(torch.rand(3), drawn)
+    prepared, modes = prepared_in(tmp_path), [module.training for module in model.modules()]
+    cache(model, prepared)
+    batch = prepared.train.batch(32)
+    torch.testing.assert_close(batch.reference, Kept(model)(model, batch).float(), rtol=1e-5, atol=1e-5)
+    assert modes == [module.training for module in model.modules()]
 
 
 def test_a_policy_is_whole_again_after_a_forward_that_fails():
