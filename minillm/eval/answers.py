@@ -68,7 +68,7 @@ def last_answers(store: TokenStore, count: int, tokenizer: Tokenizer) -> list[As
 
 
 def with_chosen_answer(store: TokenStore) -> Sequence[int]:
-    """The documents that may have an answer to be asked for: of preferences, which are trees, those with a chosen one."""
+    """The documents with an answer that may be asked for: of preferences, which are trees, those with a chosen one."""
     branches = store.branches(0, store.n_tokens)
     if branches is None:
         return range(store.n_documents)

@@ -35,7 +35,7 @@ def answer_held_out(when: str, trainer: Trainer, settled: Settled, run: RunDirec
         answered = answers(trainer.model, settled, settled.config.own.predict)
     if settled.config.own.predict and not answered:
         LOGGER.warning(
-            "%s.predict: nothing is answered: nothing is held out that has a good answer, or weights are cut over ranks "
+            "%s.predict: nothing is answered: nothing with a good answer is held out, or weights are cut over ranks "
             "without room for all",
             settled.config.SECTION,
         )
