@@ -150,6 +150,17 @@ def test_what_is_preferred_is_learned(workplace):
     assert found["margin"]["after"] > 0 < found["kl"]["after"]
 
 
+def test_chosen_answers_that_fall_are_said_and_the_usual_weight_of_their_own_loss_keeps_them(workplace, capsys):
+    write_rows("similar.jsonl", [{"prompt": f"{i % 4}?", "chosen": "abab", "rejected": "babababab"} for i in range(60)])
+    words = ["--data.path", "similar.jsonl", "--data.val", 0, "--train.max_steps", 12, "--optim.warmup_steps", 1]
+    for name, weight in (("bare", ["--dpo.sft_weight", 0]), ("usual", [])):
+        assert run(*words, "--optim.lr", 3e-2, "--run.dir", f"runs/{name}", *weight) == 0
+        said = "the chosen answers become less likely" in capsys.readouterr().err
+        first, *_, last = read_metrics(Path(f"runs/{name}/metrics.jsonl"))
+        assert last["margin"] > 1
+        assert said == (last["logprobs_chosen"] < first["logprobs_chosen"]) == (name == "bare")
+
+
 def test_with_nothing_held_out_nothing_is_summed_up_of_it(workplace, capsys):
     assert run("--data.val", 0, *ONE_STEP) == 0
     assert "chosen over rejected" not in capsys.readouterr().out
@@ -240,6 +251,23 @@ def test_every_kind_of_reference_gives_the_same_run(workplace):
         assert run("--run.dir", f"runs/{kind}", "--dpo.reference", kind, "--lora.r", 2) == 0
     for kind in ("cached", "frozen"):
         assert_same_run(kind, "adapters")
+
+
+def test_a_cached_reference_is_computed_in_the_precision_of_the_run(workplace):
+    assert run(*ONE_STEP, "--dpo.reference", "cached", "--train.precision", "bf16") == 0
+    assert read_metrics(Path("runs/tuned/metrics.jsonl"))[0]["kl"] < 1e-9
+
+
+def test_a_run_whose_reference_has_changed_fails(workplace, monkeypatch):
+    fit = Trainer.fit
+
+    def careless(self):
+        next(iter(self.objective.reference.copies.values())).add_(1)
+        return fit(self)
+
+    monkeypatch.setattr(Trainer, "fit", careless)
+    with pytest.raises(RuntimeError, match="the reference has changed"):
+        run(*ONE_STEP, "--dpo.reference", "frozen")
 
 
 @pytest.mark.parametrize(
