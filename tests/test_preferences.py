@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minillm.data.chat_templates import Message
-from minillm.data.conversations import layout_of, read_columns
+from minillm.data.formats import layout_of, read_columns
 from minillm.data.preference_store import answers_in
 from minillm.data.preferences import PREFERENCES, PreferencePair, preference_of
 from minillm.data.records import records

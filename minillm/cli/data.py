@@ -15,8 +15,8 @@ from minillm.data.clean.pipeline import clean, clean_shard, merge
 from minillm.data.clean.report import table
 from minillm.data.config import ConversationsConfig, DataConfig, PreferencesConfig, SharedTextConfig
 from minillm.data.conversation_store import open_conversations
-from minillm.data.conversations import CONVERSATIONS, Formats, read_columns
 from minillm.data.corpus import identity, open_corpus, open_sources, with_pairs, with_path, with_questions
+from minillm.data.formats import CONVERSATIONS, Formats, read_columns
 from minillm.data.inspect import document_lines, inspect_lines
 from minillm.data.jinja import choose_template
 from minillm.data.loader import Loader

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from minillm.data.conversations import CONVERSATIONS, Formats, read_columns
+from minillm.data.formats import CONVERSATIONS, Formats, read_columns
 from minillm.data.preferences import PREFERENCES
 
 

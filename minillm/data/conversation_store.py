@@ -6,8 +6,9 @@ from functools import partial
 from minillm.data.chat import check_places
 from minillm.data.chat_templates import ChatTemplate
 from minillm.data.config import ConversationsConfig
-from minillm.data.conversations import Conversation, Layout, conversation_of
+from minillm.data.conversations import Conversation, conversation_of
 from minillm.data.corpus import open_sources
+from minillm.data.formats import Layout
 from minillm.data.masked import TurnsConfig, encode_conversations
 from minillm.data.mixture import Source
 from minillm.data.record_store import Kind, prepare_records

@@ -10,8 +10,8 @@ from typing import Literal
 from minillm.data.chat import check_places
 from minillm.data.chat_templates import ChatTemplate
 from minillm.data.config import PreferencesConfig
-from minillm.data.conversations import Layout, layout_of
 from minillm.data.corpus import open_sources
+from minillm.data.formats import Layout, layout_of
 from minillm.data.mixture import Source
 from minillm.data.preferences import PAIR, PREFERENCES, PreferencePair, preference_of
 from minillm.data.record_store import Found, Kind, prepare_records

@@ -14,9 +14,6 @@ from typing import Any, NamedTuple
 
 from minillm.data.chat_templates import Message
 from minillm.data.conversations import (
-    CONVERSATIONS,
-    Formats,
-    Layout,
     asked_messages,
     check_answers,
     check_order,
@@ -24,9 +21,9 @@ from minillm.data.conversations import (
     described_tools,
     missing,
     optional_text,
-    recognised,
     said_messages,
 )
+from minillm.data.formats import CONVERSATIONS, Formats, Layout, recognised
 
 PAIR = {"chosen": "chosen", "rejected": "rejected"}
 PREFERENCES = Formats(

@@ -12,19 +12,14 @@ from typing import Any, NamedTuple
 from minillm.data.chat import check_places
 from minillm.data.chat_templates import FOLLOWS, ChatTemplate, Message
 from minillm.data.conversations import (
-    CONVERSATIONS,
-    Formats,
-    Layout,
     asked_messages,
     check_answers,
     check_order,
     checked_row,
     described_tools,
-    layout_of,
-    read_columns,
-    recognised,
     said_messages,
 )
+from minillm.data.formats import CONVERSATIONS, Formats, Layout, layout_of, read_columns, recognised
 from minillm.data.records import records
 
 # How prompts are written in each usual format, whatever answers them.

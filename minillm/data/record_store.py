@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minillm.data.config import ConversationsConfig
-from minillm.data.conversations import Layout, layout_of, read_columns
+from minillm.data.formats import Layout, layout_of, read_columns
 from minillm.data.masked import Masked
 from minillm.data.records import records
 from minillm.data.shards import (
