@@ -473,6 +473,7 @@ def write_wrong():
         (["--data.path", "nothing.json"], "nothing.json"),
         (["--data.path", "halves.jsonl"], 'halves.jsonl:2: field "rejected" is missing (found: prompt, chosen)'),
         (["--data.path", "unasked.jsonl"], "unasked.jsonl:1: "),
+        (["--data.path", "held.jsonl"], "data.path: no preferences besides those of data.val; the dataset is empty"),
         (["--data.path", "alike.jsonl"], "none is left for train, 4 have equal answers"),
         (["--data.path", "silent.jsonl"], "none is left for train, 4 have an empty answer"),
         (["--data.path", "labels.jsonl"], "labels.jsonl:1: one answer with a label; the loss compares two"),

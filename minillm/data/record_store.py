@@ -195,6 +195,8 @@ def check(reading: Reading) -> tuple[int, list[str]]:
     found = Counter(reading.files[one.file]["split"] for one in examples(reading, bad))
     for split, field in (("train", "data.path"), ("val", "data.val")):
         paths = [file["path"] for file in reading.files if file["split"] == split]
+        if split == "train" and not paths:
+            raise ValueError(f"{field}: no {reading.kind.name} besides those of data.val; the dataset is empty")
         if paths and not found[split]:
             wrong = f": {len(bad)} rows are none, the first is {bad[0]}" if bad else ""
             raise ValueError(f"{field}: no {reading.kind.name} in {', '.join(paths[:5])}; the dataset is empty{wrong}")
