@@ -505,9 +505,9 @@ def prepared_in(directory, data="data"):
     return SimpleNamespace(**stores, directory=Path(directory), info={"hash": data})
 
 
-def cache(model, prepared, dist=ALONE, seq_len=32, **changes):
+def cache(model, prepared, dist=ALONE, seq_len=32, rows=2, **changes):
     made_from = {"weights": "w", "precision": "fp32"} | changes
-    return cache_reference(model, prepared, **made_from, seq_len=seq_len, rows=2, dist=dist)
+    return cache_reference(model, prepared, **made_from, seq_len=seq_len, rows=rows, dist=dist)
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo"])
@@ -576,6 +576,17 @@ def test_what_was_computed_of_something_else_is_not_used_and_that_is_said(tmp_pa
     assert not caplog.text
     assert files_in(first) == before
     assert files_in(second) != before
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(disk):
+    place, fill = disk
+    store = Trees(some_documents(400, longest=30))
+    prepared = SimpleNamespace(train=store, val=None, directory=place, info={"hash": "data"})
+    model = model_of(1, torch.float32, dim=8, n_heads=2, max_seq_len=128)
+    fill()
+    with pytest.raises(ValueError, match=r"reference-.*: cannot be written: the (disk is full|file would)"):
+        cache(model, prepared, seq_len=128, rows=16)
+    assert not [path for path in place.iterdir() if "reference" in path.name]
 
 
 def test_what_a_killed_process_has_left_is_cleared_away(tmp_path):

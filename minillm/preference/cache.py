@@ -13,9 +13,11 @@ T tokens a row.
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from tqdm import tqdm
 from minillm.data.loader import can_pin
 from minillm.data.rows import PADDING, gather, plan_of
 from minillm.data.store import Prepared, TokenStore
+from minillm.data.writing import GrowingArray
 from minillm.distributed.context import Context
 from minillm.files import atomic_directory, explained, leftovers, read_json, sha256, temporary_for
 from minillm.log import LOGGER
@@ -190,11 +193,14 @@ def compute(
 def write_share(
     model: nn.Module, store: TokenStore, file: Path, *, seq_len: int, rows: int, dist: Context, vocab_size: int | None
 ) -> None:
-    """Write the log-probabilities of every dp_size-th row of a store to a file that has room for all."""
+    """Write the log-probabilities of every dp_size-th row of a store to a file that has places for all."""
     plan, pinned = plan_of(store, seq_len), can_pin(dist.device)
-    if dist.tp_rank == 0:  # the others of its axis compute the same
-        out = np.lib.format.open_memmap(file, "w+", np.float32, (store.n_tokens,))  # zeros, which take no room yet
-    with looking(model), tqdm(total=plan.n_rows, desc="reference", disable=None if dist.is_main else True) as bar:
+    writes = dist.tp_rank == 0  # the others of its axis compute the same
+    with (
+        looking(model),
+        Places(file, store.n_tokens) if writes else nullcontext() as out,
+        tqdm(total=plan.n_rows, desc="reference", disable=None if dist.is_main else True) as bar,
+    ):
         for first in range(0, plan.n_rows, rows * dist.dp_size):
             dist.at("reference: computing log-probabilities")
             here = range(first, min(plan.n_rows, first + rows * dist.dp_size))
@@ -202,14 +208,34 @@ def write_share(
             padded = spans + [PADDING] * (-(-len(here) // dist.dp_size) - len(spans))  # all ranks as many rows
             batch = gather([(store, span) for span in padded], seq_len, packed=True, pinned=pinned)
             logprobs = target_logprobs(model, batch.to(dist.device), vocab_size).float().cpu().numpy()
-            for row, (starts, lengths) in zip(logprobs, spans if dist.tp_rank == 0 else ()):
+            for row, (starts, lengths) in zip(logprobs, spans if writes else ()):
                 column = 0
                 for start, length in zip(starts, lengths):  # the target of each input is the token after it
-                    out[start + 1 : start + 1 + length] = row[column : column + length]
+                    out.write(start + 1, row[column : column + length])
                     column += length
             bar.update(len(here))
-    if dist.tp_rank == 0:
-        out.flush()
+
+
+class Places:
+    """An .npy file of zeros, which take no room until they are written over.
+
+    Not a memory map: where a disk is full, writing to that kills the process without a word.
+    """
+
+    def __init__(self, path: Path, length: int):
+        np.lib.format.open_memmap(path, "w+", np.float32, (length,))
+        self.file = open(path, "r+b")  # noqa: SIM115 (closed in __exit__)
+        self.begin = self.file.seek(0, os.SEEK_END) - 4 * length
+
+    def write(self, place: int, values: np.ndarray) -> None:
+        self.file.seek(self.begin + 4 * place)
+        self.file.write(values.tobytes())
+
+    def __enter__(self) -> "Places":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
 
 
 def put_together(parts: Path, path: Path, made_from: dict[str, str], stores: dict[str, TokenStore]) -> None:
@@ -218,12 +244,9 @@ def put_together(parts: Path, path: Path, made_from: dict[str, str], stores: dic
     with atomic_directory(path) as folder:
         for split, store in stores.items():
             shares = [np.load(file, mmap_mode="r") for file in sorted(parts.glob(f"{split}-*.npy"))]
-            out = np.lib.format.open_memmap(folder / f"{split}.npy", "w+", np.float32, (store.n_tokens,))
+            out = GrowingArray(folder / f"{split}.npy", np.float32)
             for start in range(0, store.n_tokens, STRIDE):
-                place = slice(start, start + STRIDE)
-                for share in shares:
-                    out[place] += share[place]
-            out.flush()
-            splits[split] = {"n_tokens": store.n_tokens, "sha256": sha256(folder / f"{split}.npy")}
+                out.append(sum(share[start : start + STRIDE] for share in shares))
+            splits[split] = {"n_tokens": store.n_tokens, "sha256": out.close()["sha256"]}
         index = {"format": FORMAT, "made_from": made_from, "splits": splits}
         (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
