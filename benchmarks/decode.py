@@ -29,7 +29,8 @@ from beside import LLAMA_26M, Seconds, as_transformers, compared, machine, table
 
 from minillm.distributed.device import find_device
 from minillm.doctor.devices import copy_rate
-from minillm.generate.engine import Engine, generate
+from minillm.generate.engine import Engine
+from minillm.generate.generate import generate
 from minillm.generate.params import SamplingParams
 from minillm.model.config import ModelConfig
 from minillm.model.presets import llama2

@@ -1,6 +1,7 @@
 """Train language models from scratch in pure PyTorch."""
 
-from minillm.generate.engine import Engine, generate, stream
+from minillm.generate.engine import Engine
+from minillm.generate.generate import generate, stream
 from minillm.generate.params import SamplingParams
 from minillm.generate.request import Completion
 from minillm.load import default_params, load, save

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minillm.eval.answers import Answered
-from minillm.generate.engine import stream
+from minillm.generate.generate import stream
 from minillm.generate.params import SamplingParams
 from minillm.log import curve, read_metrics
 from minillm.model.transformer import Transformer

@@ -16,7 +16,7 @@ import torch
 from minillm import cli
 from minillm.cli.chat import COMMANDS, Session, obey
 from minillm.cli.conversation import Message, Rendered, continuation, fitting, read_conversation
-from minillm.generate.engine import generate
+from minillm.generate.generate import generate
 from minillm.generate.params import SamplingParams
 from minillm.load import save
 from minillm.log import run_command

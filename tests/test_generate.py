@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from minillm.generate.engine import generate, stream
 from minillm.generate.filters import choose
+from minillm.generate.generate import generate, stream
 from minillm.generate.params import SamplingParams
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer

@@ -7,7 +7,8 @@ import torch
 from test_model import from_gpt2, from_llama_names
 
 from minillm.generate import engine as engine_module
-from minillm.generate.engine import Engine, generate, stream
+from minillm.generate.engine import Engine
+from minillm.generate.generate import generate, stream
 from minillm.generate.params import SamplingParams
 from minillm.model.config import ModelConfig
 from minillm.model.transformer import Transformer

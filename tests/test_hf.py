@@ -12,7 +12,7 @@ from families import CASES, edit_config, make
 from safetensors.torch import load_file, save_file
 
 from minillm.generate.beam import BeamSearch
-from minillm.generate.engine import generate
+from minillm.generate.generate import generate
 from minillm.generate.params import SamplingParams
 from minillm.load import load, load_weights
 from minillm.model.config import ModelConfig

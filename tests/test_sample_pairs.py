@@ -20,7 +20,8 @@ from minillm.data.prompt_rows import PromptFiles, asked_as, read_prompt
 from minillm.data.trees import PairsConfig
 from minillm.eval.sample_pairs import AHEAD, Outcome, answered, pair_of, requests, sample_pairs
 from minillm.eval.scores import Respondent, Scored, edit_distance, find_score, mean_logprobs, similarity
-from minillm.generate.engine import Engine, generate
+from minillm.generate.engine import Engine
+from minillm.generate.generate import generate
 from minillm.generate.params import GREATEST_SEED, SamplingParams
 from minillm.load import save
 from minillm.log import run_command

@@ -28,7 +28,7 @@ from minillm.config import checked, fields_of, nearest, shown
 from minillm.data.chat_templates import Message
 from minillm.distributed.device import find_device
 from minillm.files import write_atomically
-from minillm.generate.engine import stream
+from minillm.generate.generate import stream
 from minillm.generate.params import SamplingParams
 from minillm.load import find_checkpoint, load
 from minillm.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from minillm.config import Layer
 from minillm.data.chat_templates import Message
 from minillm.distributed.device import find_device
 from minillm.files import free_directory
-from minillm.generate.engine import generate, stream
+from minillm.generate.generate import generate, stream
 from minillm.generate.params import SAMPLING_ONLY, SamplingParams
 from minillm.generate.request import Completion, make_request
 from minillm.hf import find_folder, is_hugging_face, is_peft

@@ -18,7 +18,7 @@ from torch import nn
 
 from minillm.data.store import TokenStore
 from minillm.data.trees import CHOSEN
-from minillm.generate.engine import generate
+from minillm.generate.generate import generate
 from minillm.generate.params import SamplingParams
 from minillm.tokenizer import Tokenizer
 
