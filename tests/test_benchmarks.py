@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +24,22 @@ CPU = torch.device("cpu")
 PEERS = ["transformers", "litgpt"] if importlib.util.find_spec("litgpt") else ["transformers"]
 
 
+@contextmanager
+def benchmarks_found():
+    """Inside, a benchmark can be imported by its name, also by a process that it starts."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
 @pytest.fixture(scope="module")
 def train_step():
-    sys.path.insert(0, str(BENCHMARKS))  # where a process that the benchmark starts looks for it, too
-    try:
+    with benchmarks_found():
         import train_step
 
         yield train_step
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 def rows(printed: str) -> list[list[str]]:
@@ -198,13 +206,10 @@ def test_the_best_of_each_group_follows_a_grid(ablate):
 
 @pytest.fixture(scope="module")
 def beside_trl():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
+    with benchmarks_found():
         import beside_trl
 
         yield beside_trl
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(scope="module")
@@ -310,13 +315,10 @@ def test_a_peer_that_learns_from_other_weights_or_tokens_is_noticed(beside_trl, 
 
 @pytest.fixture(scope="module")
 def decode():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
+    with benchmarks_found():
         import decode
 
         yield decode
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.mark.parametrize("way", ["all at once", "in sorted eights"])
@@ -434,11 +436,8 @@ def test_an_optimizer_that_is_not_fused_takes_the_other_kernel(gpu):
 
 def test_duplicates_are_planted_at_the_similarity_that_is_counted():
     pytest.importorskip("datasketch", reason="datasketch is not installed")
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
+    with benchmarks_found():
         import dedup
-    finally:
-        sys.path.remove(str(BENCHMARKS))
     rng = np.random.default_rng(0)
     documents = dedup.generate(300, 100, rng)
     texts = dedup.spell(documents, rng)
@@ -464,13 +463,10 @@ def test_duplicates_are_planted_at_the_similarity_that_is_counted():
 
 @pytest.fixture(scope="module")
 def large_corpus():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
+    with benchmarks_found():
         import large_corpus
 
         yield large_corpus
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 def test_the_generated_corpus_is_the_same_text_in_every_format(large_corpus, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
+from tuned import WORDS, config_of, question, same, weights, write_base, write_rows
 from watched import failure, losses
 
 import dpo
@@ -19,61 +20,25 @@ from minillm.data import stories
 from minillm.log import read_metrics, run_command
 from minillm.lora import adapted
 from minillm.losses import LOSSES
-from minillm.model.config import ModelConfig
-from minillm.model.transformer import Transformer
 from minillm.recipe import wiring
-from minillm.tokenizer import ByteTokenizer
 from minillm.trainer import Trainer
 
-WORDS = ("red", "blue", "green", "black")
 FIGURES = ("logprobs", "reference_logprobs", "rewards", "length")
 ONE_STEP = ["--train.max_steps", 1]
 ASKED = ["--dpo.predict", 4]
 KTO = ["--dpo.loss", "kto", "--data.path", "labels.jsonl", "--data.val", "held_labels.jsonl"]
 MIDDLE = "runs/tuned/checkpoints/step-00000003"
-SMALL = """
-[run]
-dir = "runs/tuned"
-device = "cpu"
-[model]
-path = "base"
-[data]
-path = "pairs.jsonl"
-val = "held.jsonl"
-seq_len = 64
-[optim]
-lr = 1e-2
-[train]
-max_steps = 6
-batch_tokens = 256
-micro_batch_size = 2
-save_every = 3
-eval_every = 3
-[dpo]
-predict_tokens = 8
-predict_some = 0
-[log]
-every = 1
-samples = 1
-curves = false
-"""
-
-
-def write_rows(path, rows):
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+SMALL = config_of("pairs.jsonl", "[dpo]\npredict_tokens = 8\npredict_some = 0")
 
 
 def write_all(directory):
     """A model that knows nothing, questions of four kinds, each with a good and a bad answer, and a config."""
-    torch.manual_seed(0)
-    tokenizer = ByteTokenizer()
-    shape = ModelConfig(vocab_size=tokenizer.vocab_size, dim=32, n_layers=2, n_heads=2, ffn_dim=64, max_seq_len=64)
-    minillm.save(Transformer(shape), tokenizer, directory / "base")
-    asked = [{"prompt": f"{i % 4}?" + " so" * (i % 3)} for i in range(96)]
+    write_base(directory)
+    questions = [{"prompt": question(i)} for i in range(96)]
     answers = [(WORDS[i % 4], WORDS[i % 4][::-1]) for i in range(96)]
-    pairs = [{**one, "chosen": good, "rejected": bad} for one, (good, bad) in zip(asked, answers)]
+    pairs = [{**one, "chosen": good, "rejected": bad} for one, (good, bad) in zip(questions, answers)]
     said = [{"completion": both[i % 2], "label": i % 2 == 0} for i, both in enumerate(answers)]
-    labels = [one | what for one, what in zip(asked, said)]
+    labels = [one | what for one, what in zip(questions, said)]
     for name, rows in (("pairs", pairs), ("held", pairs[:4]), ("labels", labels), ("held_labels", labels[:4])):
         write_rows(directory / f"{name}.jsonl", rows)
     (directory / "small.toml").write_text(SMALL)
@@ -96,14 +61,6 @@ def again(directory, *words):
 
 def summary(name="tuned"):
     return json.loads(Path(f"runs/{name}/summary.json").read_text())
-
-
-def weights(directory):
-    return minillm.load(directory)[0].state_dict()
-
-
-def same(ours, theirs):
-    return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_run_leaves_everything_that_it_promises(workplace, capsys):

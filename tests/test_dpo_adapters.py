@@ -1,35 +1,29 @@
 """`python dpo.py` from a run that has adapters goes on with them; what they were then is what it is compared with."""
 
-import json
 import math
 
 import pytest
 import torch
+from tuned import WORDS, question, write_base, write_rows
 
 import dpo
 import minillm
 import sft
 from minillm.load import adapters_in, find_checkpoint
 from minillm.log import read_metrics, run_command
-from minillm.model.config import ModelConfig
-from minillm.model.transformer import Transformer
-from minillm.tokenizer import ByteTokenizer
 
-WORDS = ("red", "blue", "green", "black")
 RUN = "--run.device cpu --data.seq_len 64 --data.val 0.1 --train.batch_tokens 256 --optim.lr 1e-2 --log.curves false"
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A model that knows nothing, a run with adapters on it, and pairs."""
-    folder, tokenizer = tmp_path_factory.mktemp("workplace"), ByteTokenizer()
-    torch.manual_seed(0)
-    shape = ModelConfig(vocab_size=tokenizer.vocab_size, dim=32, n_layers=2, n_heads=2, ffn_dim=64, max_seq_len=64)
-    minillm.save(Transformer(shape), tokenizer, folder / "base")
-    rows = [{"question": f"{i % 4}?" + " so" * (i % 3), "answer": WORDS[i % 4]} for i in range(80)]
+    folder = tmp_path_factory.mktemp("workplace")
+    write_base(folder)
+    rows = [{"question": question(i), "answer": WORDS[i % 4]} for i in range(80)]
     pairs = [{"prompt": one["question"], "chosen": one["answer"], "rejected": "no"} for one in rows]
-    for name, written in (("chats", rows), ("pairs", pairs)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    write_rows(folder / "chats.jsonl", rows)
+    write_rows(folder / "pairs.jsonl", pairs)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("minillm.recipe.wiring.peak_flops", lambda *_: 1e10)

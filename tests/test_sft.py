@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
+from tuned import WORDS, config_of, question, same, weights, write_base, write_rows
 from watched import failure, losses
 
 import minillm
@@ -25,46 +26,16 @@ from minillm.model.transformer import Transformer
 from minillm.objectives import NextToken, NoisyNextToken
 from minillm.plan import flops_per_token
 from minillm.recipe import wiring
-from minillm.tokenizer import ByteTokenizer
 
-WORDS = ("red", "blue", "green", "black")
-SMALL = """
-[run]
-dir = "runs/tuned"
-device = "cpu"
-[model]
-path = "base"
-[data]
-path = "chats.jsonl"
-val = "held.jsonl"
-seq_len = 64
-[optim]
-lr = 1e-2
-[train]
-max_steps = 6
-batch_tokens = 256
-micro_batch_size = 2
-save_every = 3
-eval_every = 3
-[sft]
-predict = 4
-predict_tokens = 8
-[log]
-every = 1
-samples = 1
-curves = false
-"""
+SMALL = config_of("chats.jsonl", "[sft]\npredict = 4\npredict_tokens = 8")
 
 
 def write_all(directory):
     """A model that knows nothing, questions of four kinds with one answer each, and a config."""
-    torch.manual_seed(0)
-    tokenizer = ByteTokenizer()
-    shape = ModelConfig(vocab_size=tokenizer.vocab_size, dim=32, n_layers=2, n_heads=2, ffn_dim=64, max_seq_len=64)
-    minillm.save(Transformer(shape), tokenizer, directory / "base")
-    rows = [{"question": f"{i % 4}?" + " so" * (i % 3), "answer": WORDS[i % 4]} for i in range(160)]
-    (directory / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    write_base(directory)
+    rows = [{"question": question(i), "answer": WORDS[i % 4]} for i in range(160)]
+    write_rows(directory / "chats.jsonl", rows)
+    write_rows(directory / "held.jsonl", rows[:4])
     (directory / "small.toml").write_text(SMALL)
 
 
@@ -77,14 +48,6 @@ def workplace(tmp_path, monkeypatch, known_peak):
 
 def run(*words):
     return run_command(sft.main, ["small.toml", *map(str, words)])
-
-
-def weights(directory):
-    return minillm.load(directory)[0].state_dict()
-
-
-def same(ours, theirs):
-    return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_run_leaves_everything_that_it_promises(workplace, capsys):
