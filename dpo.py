@@ -21,12 +21,12 @@ from minillm.preference import FallingChosen
 from minillm.recipe import begin, build_model, make_trainer, open_text, opened, read_config, settle, starting_point
 from minillm.recipe.answering import answer_held_out, answer_some, read_answers, sum_up, unanswered
 from minillm.recipe.dpo import (
-    PreferenceConfig,
+    PreferenceTuningConfig,
     at_first,
+    base_and_identity,
     check_reference,
     open_pairs,
     preference_objective,
-    preferred_over,
     sum_up_preferences,
     with_reference,
 )
@@ -37,7 +37,7 @@ from minillm.run import RunDirectory
 USAGE = f"usage: python dpo.py [CONFIG.toml] [--section.field VALUE ...]\n\n{__doc__}"
 QUICKSTART = Path(__file__).parent / "configs" / "dpo-quickstart.toml"
 PLACES = Layer("defaults of dpo.py", {"model.path": "runs/quickstart-sft", "run.dir": "runs/quickstart-dpo"})
-Config = PreferenceConfig
+Config = PreferenceTuningConfig
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         settled = with_reference(settle(config, tokenizer, sources, dist, partial(as_trained, config=config)))
         model = build_model(settled, partial(adapt, config=config))
         objective = preference_objective(settled)
-        base_path, must_agree = preferred_over(settled.config, start)
+        base_path, must_agree = base_and_identity(settled.config, start)
         trainer = make_trainer(
             settled,
             model,

@@ -50,11 +50,11 @@ from minillm.plan import recommend_preference
 from minillm.preference import target_logprobs
 from minillm.recipe import begin, build_model, make_trainer, open_text, opened, read_config, settle
 from minillm.recipe.dpo import (
-    PreferenceConfig,
+    PreferenceTuningConfig,
     at_first,
+    base_and_identity,
     open_pairs,
     preference_objective,
-    preferred_over,
     with_reference,
 )
 from minillm.recipe.tuning import adapt, fitting_tuning, with_template
@@ -71,13 +71,13 @@ def ours(start: Start, lesson: Lesson) -> Iterator[Ours]:
     more = {"dpo.template": "chatml", "dpo.beta": 0.1, "optim.lr": 1e-6, "train.batch_tokens": 2 * ROW}
     with arguments(start, lesson, **more) as argv:
         fitting = partial(fitting_tuning, without_data=None, recommend=recommend_preference)
-        config = read_config(PreferenceConfig, argv, fitting)
+        config = read_config(PreferenceTuningConfig, argv, fitting)
         with opened(config) as (dist, run):
             tokenizer, sources = open_text(config, dist, partial(open_pairs, config))
             config = with_template(config, tokenizer)
             settled = with_reference(settle(config, tokenizer, sources, dist))
             model = build_model(settled, partial(adapt, config=config))
-            _, must_agree = preferred_over(settled.config, None)
+            _, must_agree = base_and_identity(settled.config, None)
             trainer = make_trainer(settled, model, preference_objective(settled), run, must_agree=must_agree)
             refer = at_first(settled, must_agree.get("start_sha256"), None)
             begin(trainer, run, tokenizer, None, config.model.path)

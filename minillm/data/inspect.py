@@ -54,7 +54,7 @@ def document_lines(
 def shown(store: TokenStore, start: int, stop: int, tokenizer: Tokenizer, width: int, colour: bool) -> str:
     """Tokens start .. stop - 1 as text in a line; where not all are learned, with marks around those that are."""
     tokens, trained = store.tokens(start, stop), beside(store, "trained", start, stop)
-    marks = ("", "") if trained is None else marks_of(CHOSEN, colour)
+    marks = ("", "") if trained is None else around(CHOSEN, colour)
     return text_of(tokens, np.zeros(len(tokens)) if trained is None else trained, tokenizer, width, marks)
 
 
@@ -62,11 +62,11 @@ def tree_lines(tree: Tree, tokenizer: Tokenizer, width: int, colour: bool) -> It
     """A prompt and its answers, a line each, with marks around what is learned."""
     yield f"{BRANCHES[0]:>15}  {text_of(tree.prompt, np.zeros(len(tree.prompt)), tokenizer, width, ('', ''))}"
     for branch, tokens, learned in tree.answers:
-        text = text_of(tokens, learned, tokenizer, width, marks_of(branch, colour))
+        text = text_of(tokens, learned, tokenizer, width, around(branch, colour))
         yield f"{BRANCHES[branch]:>15}  {text}"
 
 
-def marks_of(branch: int, colour: bool) -> tuple[str, str]:
+def around(branch: int, colour: bool) -> tuple[str, str]:
     """What stands around what is learned: in a terminal a colour."""
     return (COLOURS[branch], END) if colour else ("⟦", "⟧")
 

@@ -87,7 +87,7 @@ def read(template: ChatTemplate, answers: Answers, row: object, layout: Layout |
 
 
 def said_in(preference: PreferencePair) -> str:
-    """All that is asked and answered."""
+    """All that is asked and answered, but for answers to other prompts."""
     return "\n".join(part for said in preference[:3] for one in said for part in (one.content, *one.calls))
 
 
@@ -100,22 +100,21 @@ def asked_in(preference: PreferencePair) -> str:
 
 
 def apart(found: Iterator[Found]) -> Iterator[Found]:
-    """The answers one by one, and beside each one to another prompt: to the next of its file, and for the last to an
-    earlier one; none where the file has but one prompt.
+    """The answers one by one, and beside each an answer to another prompt, by which a loss measures its KL.
 
-    The loss that takes them so measures on these how far the model is from its reference.
+    That is of the next prompt of the file, and for the last of an earlier one; none where the file has but one.
     """
     for _, of_file in groupby(found, key=lambda one: one.file):
         prompts = (list(rows) for _, rows in groupby(of_file, key=lambda one: one.example.prompt))
         first = here = next(prompts)
         before: list[Found] = []
         for following in prompts:
-            yield from beside(here, following)
+            yield from with_others(here, following)
             before, here = here, following
-        yield from beside(here, before if first[0].example.prompt == here[0].example.prompt else first)
+        yield from with_others(here, before if first[0].example.prompt == here[0].example.prompt else first)
 
 
-def beside(found: Sequence[Found], others: Sequence[Found]) -> Iterator[Found]:
+def with_others(found: Sequence[Found], others: Sequence[Found]) -> Iterator[Found]:
     """The answers to a prompt one by one, each with one of those to another, if there are any."""
     for one, other in zip(found, cycle(others or [None])):
         for preference in one_by_one(one.example, other and other.example):

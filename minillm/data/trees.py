@@ -135,7 +135,8 @@ def encode_preferences(
 
 def trees(template: ChatTemplate, tokenizer: Tokenizer, preferences: Sequence[PreferencePair]) -> Iterator[Tree]:
     """The tree of each preference, however long it is."""
-    answers = [list(filter(itemgetter(1), enumerate(one[1:], CHOSEN))) for one in preferences]  # (branch, messages)
+    # (branch, messages) of each: a PreferencePair has them behind its prompt in the order of branches
+    answers = [list(filter(itemgetter(1), enumerate(one[1:], CHOSEN))) for one in preferences]
     conversations = [[*one.prompt, *said] for one, given in zip(preferences, answers) for _, said in given]
     rendered = iter(render_all(template, tokenizer, conversations))
     for preference, given in zip(preferences, answers):

@@ -95,11 +95,13 @@ def place(prepared: Prepared, weights: str, precision: str) -> tuple[dict[str, s
 
 
 def give(path: Path, stores: dict[str, TokenStore]) -> None:
+    """Let the stores read what the folder holds."""
     for split, store in stores.items():
         store.give_reference(np.asarray(np.load(path / f"{split}.npy", mmap_mode="r")))
 
 
 def total(stores: dict[str, TokenStore]) -> str:
+    """How many tokens the stores have together, to be shown."""
     return f"{sum(store.n_tokens for store in stores.values()):,}"
 
 

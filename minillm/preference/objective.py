@@ -26,7 +26,7 @@ from minillm.objectives import Metrics
 from minillm.preference.reference import Reference, looking, target_logprobs
 
 BRANCHES = 4  # the prompt, 0, and these
-WHOLE = 16  # tokens: rows that are cut are cut to a multiple of it, which hardware likes, and there are fewer shapes
+MULTIPLE = 16  # rows are cut to a multiple of so many tokens, which hardware likes, and there are fewer shapes
 
 
 class Whole(NamedTuple):
@@ -90,9 +90,7 @@ class Preference:
     def prepare(
         self, model: nn.Module, micro_batches: Iterable[Batch], sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> "Preference":
-        """The objective for the step, or the set, that has these micro-batches on this rank, knowing what all of them
-        add up to.
-        """
+        """The objective that knows what the micro-batches of a step, or a set, add up to; these are this rank's."""
         device, counts, ratios, kl = next(model.parameters()).device, [], [], None
         with looking(model):
             for batch in micro_batches:
@@ -244,7 +242,7 @@ def without(batch: Batch, dropped: Tensor) -> Batch:
     T = batch.tokens.shape[1]
     dropped = dropped | ~(lengths(batch) > 0).any(1)[document_numbers(batch)]  # (B, T)
     longest = int((~dropped).sum(1).max())
-    T = min(T, max(1, -(-longest // WHOLE) * WHOLE))
+    T = min(T, max(1, -(-longest // MULTIPLE) * MULTIPLE))
     places = dropped.to(torch.uint8).argsort(dim=1, stable=True)[:, :T]  # (B, T): what is kept comes first, in order
     left = Batch(*(None if field is None else field.gather(1, places) for field in batch))
     left = left._replace(doc_ids=number_documents(left.doc_ids))

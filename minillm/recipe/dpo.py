@@ -72,7 +72,7 @@ class DPOConfig(AnswersConfig, PairsConfig):
 
 
 @dataclass(frozen=True)
-class PreferenceConfig(TuningConfig):
+class PreferenceTuningConfig(TuningConfig):
     """A run that learns from preferences."""
 
     SECTION: ClassVar[str] = "dpo"
@@ -95,7 +95,7 @@ class PreferenceConfig(TuningConfig):
 
 
 def open_pairs(
-    config: PreferenceConfig, data: PreferencesConfig, tokenizer_config: TokenizerConfig
+    config: PreferenceTuningConfig, data: PreferencesConfig, tokenizer_config: TokenizerConfig
 ) -> tuple[Tokenizer, list[Source]]:
     """The tokenizer, and the preferences of each source as the model is given them."""
     tokenizer = train_tokenizer((), tokenizer_config)
@@ -146,8 +146,8 @@ def preference_objective(settled: Settled) -> Preference:
     )
 
 
-def preferred_over(config: PreferenceConfig, start: Path | None) -> tuple[str | None, dict[str, Any]]:
-    """(where the base of adapters is, what a run must agree on that goes on): the reference too is the same then."""
+def base_and_identity(config: PreferenceTuningConfig, start: Path | None) -> tuple[str | None, dict[str, Any]]:
+    """As `base_of`; a run that goes on must agree on its loss and its reference, too."""
     base_path, must_agree = base_of(config)
     must_agree |= {"dpo.loss": config.dpo.loss}
     must_agree |= {f"dpo.{name}": value for name, value in config.dpo.numbers().items()}
@@ -156,7 +156,7 @@ def preferred_over(config: PreferenceConfig, start: Path | None) -> tuple[str | 
     return base_path, must_agree
 
 
-def start_hash(config: PreferenceConfig, start: Path | None) -> str:
+def start_hash(config: PreferenceTuningConfig, start: Path | None) -> str:
     """The hash of the weights that the policy begins with; of adapters that go on, of what they were trained on too.
 
     Of a run that goes on, and may need no more than log-probabilities, it is what its checkpoint says, where the

@@ -45,7 +45,7 @@ class Trainer:
             (tokenizer, data, seed, shape). config_dict: the resolved configuration, kept in each checkpoint.
         trackers: who is told the rows too. norms_every: steps between rows of norms.jsonl. documents: names the text of
             the step whose first sample is given, for reports. memory_advice: what to say where memory is wanting.
-            base_path: where all that is not trained is from; checkpoints then name it, and hold what is trained alone.
+        base_path: where all that is not trained is from; checkpoints then name it, and hold what is trained alone.
     """
 
     def __init__(
