@@ -1,5 +1,6 @@
 """`python dpo.py` from a model and a file of preferences to answers: complete, repeatable, clear about mistakes."""
 
+import dataclasses
 import json
 import math
 import os
@@ -140,6 +141,20 @@ def assert_same_run(one, other, rel=1e-4):
         for name in ("loss", "grad_norm", "margin", "preference_accuracy", "kl", *compared):
             if name in mine:
                 assert mine[name] == pytest.approx(their[name], rel=rel, abs=1e-4), (name, mine["step"])
+
+
+@pytest.mark.parametrize("reference", ["frozen", "cached"])
+def test_rows_that_pad_the_vocabulary_take_no_part(workplace, reference):
+    model, tokenizer = minillm.load("base")
+    padded = minillm.Transformer(dataclasses.replace(model.config, vocab_multiple=64))
+    with torch.no_grad():
+        for name, weight in padded.named_parameters():
+            weight[: len(model.get_parameter(name))] = model.get_parameter(name)
+    minillm.save(padded, tokenizer, "padded")
+    for base in ("base", "padded"):
+        words = ["--model.path", base, "--dpo.reference", reference, "--train.max_steps", 2]
+        assert run("--run.dir", f"runs/{base}", *words) == 0
+    assert_same_run("padded", "base")
 
 
 def prefer(directory, words):

@@ -250,6 +250,14 @@ def test_tokens_that_a_forward_does_not_need_are_left_out_of_it():
         assert not by_branch(left, torch.ones_like(left.targets))[:, [b for b in range(4) if b != branch]].any()
 
 
+def test_of_rows_that_are_cut_each_document_has_a_place():
+    kept = [([3], {2: [4]})]
+    batch = Trees([*kept, *[([1], {1: [2]})] * 20, *kept]).batch(32)
+    left = without(batch, batch.branches == 1)
+    assert left.tokens.shape == (1, 16)
+    assert by_branch(left, torch.ones_like(left.targets)).sum(0).tolist() == [0, 0, 2, 0]
+
+
 def test_a_held_out_set_is_evaluated_like_any_other():
     model, store = model_of(), Trees(documents_for("dpo"))
     objective = Preference("dpo", Frozen(model_of(1)), sft_weight=0.5)
