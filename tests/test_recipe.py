@@ -8,7 +8,8 @@ import train
 from minillm.config import Layer
 from minillm.eval.answers import Answered
 from minillm.recipe import earlier
-from minillm.recipe.answering import predictions, read_answers, write_answers
+from minillm.recipe.answering import predictions, read_answers, sum_up, write_answers
+from minillm.recipe.dpo import sum_up_preferences
 from minillm.run import RunDirectory
 
 MODEL = {"dim": 64, "n_heads": 4, "ffn_dim": 128, "vocab_multiple": 64}
@@ -61,3 +62,19 @@ def test_answers_are_read_as_they_were_written(tmp_path):
     write_answers(predictions(RunDirectory(tmp_path), "after"), answered)
     assert read_answers(RunDirectory(tmp_path), "after") == answered
     assert read_answers(RunDirectory(tmp_path), "before") == []
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the same questions", "other questions"])
+def test_answers_are_compared_with_those_to_the_same_questions_alone(tmp_path, same):
+    """A run may go on with another number of them: then nothing from before is to be compared with."""
+    run = RunDirectory(tmp_path)
+    later = [Answered("file", question, "yes", "yes") for question in "abcd"]
+    earlier = [one._replace(answer="no") for one in (later if same else later[::2])]
+    for when, answered in (("before", earlier), ("after", later)):
+        write_answers(predictions(run, when), answered)
+    metrics = ["exact_match"]
+    found = sum_up_preferences(run, metrics, sum_up(run, metrics, {"finished": True}))
+    assert found["exact_match"]["after"] == 1
+    assert found["exact_match"].get("before") == (0 if same else None)
+    assert found.get("win_rate") == (1 if same else None)
+    assert ("answer_length" in found) == same

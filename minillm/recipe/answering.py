@@ -120,15 +120,29 @@ def read_answers(run: RunDirectory, when: str) -> list[Answered]:
     return [Answered(**json.loads(line)) for line in lines]
 
 
+def read_sides(run: RunDirectory) -> dict[str, list[Answered]]:
+    """The answers of both sides of training, where some were kept; of those before only what can be compared with.
+
+    A run that goes on may ask another number of questions, and so others: nothing is then left of that side.
+    """
+    sides = {when: answered for when in ("before", "after") if (answered := read_answers(run, when))}
+    asked = [[one._replace(answer="") for one in answered] for answered in sides.values()]
+    if len(asked) == 2 and asked[0] != asked[1]:
+        del sides["before"]
+    return sides
+
+
 def sum_up(run: RunDirectory, metrics: Sequence[str], summary: dict[str, Any]) -> dict[str, Any]:
     """The summary with each metric of what was answered, before and after; written too.
 
     A metric is {"before", "after", "files": {"before": {FILE: ...}, "after": ...}}. Beside exact_match is `majority`,
     that of always giving the most common answer.
     """
-    sides = {when: answered for when in ("before", "after") if (answered := read_answers(run, when))}
-    if not summary["finished"] or "after" not in sides:
+    sides = read_sides(run) if summary["finished"] else {}
+    if "after" not in sides:
         return summary
+    if "before" not in sides and predictions(run, "before").exists():
+        LOGGER.warning("other questions were answered before training than after it, so the answers are not compared")
     for name in metrics:
         figures = {when: (METRICS[name], answered) for when, answered in sides.items()}
         if name == "exact_match":

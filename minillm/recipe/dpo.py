@@ -19,7 +19,7 @@ from minillm.files import read_json
 from minillm.log import LOGGER
 from minillm.losses import LOSSES
 from minillm.preference import Kept, Preference, WithoutAdapters, cache_reference, cached, open_reference
-from minillm.recipe.answering import read_answers
+from minillm.recipe.answering import read_sides
 from minillm.recipe.tuning import AnswersConfig, TuningConfig, adapters_at, base_of, hash_at, with_template
 from minillm.recipe.wiring import Settled
 from minillm.run import RunDirectory
@@ -239,8 +239,8 @@ def sum_up_preferences(run: RunDirectory, metrics: Sequence[str], summary: dict[
         sides = {when: row[f"val_{name}"] for when, row in evaluated.items() if row.get(f"val_{name}") is not None}
         if "after" in sides:
             summary = summary | {name: sides}
-    answers = {when: read_answers(run, when) for when in ("before", "after")}
-    if all(answers.values()):
+    answers = read_sides(run)
+    if len(answers) == 2:
         summary = summary | {"answer_length": {when: mean_length(answered) for when, answered in answers.items()}}
         if metrics:
             summary = summary | {"win_rate": win_rate(answers["before"], answers["after"], metrics[0])}
