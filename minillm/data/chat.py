@@ -7,7 +7,7 @@ but it is cut where an answer begins, since that is where a model begins to writ
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from minillm.data.chat_templates import TEMPLATES, ChatTemplate, Message
 from minillm.tokenizer import Tokenizer
 
 TrainOn = Literal["assistant", "last", "all"]
+TemplateName = Annotated[
+    Literal["auto", *TEMPLATES], "format of a conversation; auto: that of the model, else of its tokenizer, or chatml"
+]
 
 
 # --- a template for a tokenizer ---------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
-from minillm.data.chat import Rendered, TrainOn, render_all, stop_ids
-from minillm.data.chat_templates import TEMPLATES, ChatTemplate
+from minillm.data.chat import Rendered, TemplateName, TrainOn, render_all, stop_ids
+from minillm.data.chat_templates import ChatTemplate
 from minillm.data.conversations import Conversation
 from minillm.tokenizer import Tokenizer
 
@@ -21,10 +21,7 @@ from minillm.tokenizer import Tokenizer
 class TurnsConfig:
     """What of a conversation is learned, and in which format it is given to the model."""
 
-    template: Annotated[
-        Literal["auto", *TEMPLATES],
-        "format of a conversation; auto: that of the model, else of its tokenizer, or chatml",
-    ] = "auto"
+    template: TemplateName = "auto"
     train_on: Annotated[TrainOn, "what is learned: each answer of the assistant, the last, or all that is said"] = (
         "assistant"
     )

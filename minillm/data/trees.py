@@ -23,8 +23,8 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
-from minillm.data.chat import prompt, render_all, stop_ids
-from minillm.data.chat_templates import TEMPLATES, ChatTemplate, Message
+from minillm.data.chat import TemplateName, prompt, render_all, stop_ids
+from minillm.data.chat_templates import ChatTemplate, Message
 from minillm.data.conversations import says_nothing
 from minillm.data.masked import Masked
 from minillm.data.preferences import PreferencePair
@@ -40,10 +40,7 @@ AFTER_CUT = {None: None, "empty": "emptied", "equal": "alike"}  # what is said o
 class PairsConfig:
     """How preferences are given to the model."""
 
-    template: Annotated[
-        Literal["auto", *TEMPLATES],
-        "format of a conversation; auto: that of the model, else of its tokenizer, or chatml",
-    ] = "auto"
+    template: TemplateName = "auto"
     long: Annotated[
         Literal["cut", "drop"],
         "a prompt with its answers longer than data.seq_len: cut the prompt's beginning, then both answers; or drop",
