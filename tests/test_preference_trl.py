@@ -3,6 +3,7 @@
 Their code is called as it is, on rows padded as theirs are, with a prompt a row for each answer; ours on packed trees.
 """
 
+import copy
 from collections import defaultdict
 from functools import partial
 from types import SimpleNamespace
@@ -179,7 +180,7 @@ def test_loss_and_gradient_are_those_of_trl(models, case):
     expected = theirs(documents, their_policy, their_reference)
 
     if name in ("dpo", "hinge", "ipo", "kto"):
-        options = {"reference": Frozen(reference)} | options
+        options = {"reference": Frozen(copy.deepcopy(reference))} | options
     objective, batch = Preference(name, **options), Trees(documents).batch(48)
     objective = objective.prepare(policy, [batch], lambda tensor: tensor)
     loss_sum, metrics = objective(policy, batch)
