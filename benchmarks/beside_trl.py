@@ -26,7 +26,7 @@ from minillm.model.transformer import Transformer
 from minillm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from minillm.trainer import Trainer
 
-ROW = 1024  # tokens of a packed row, and the longest example: TRL's default
+CONTEXT = 2048  # tokens that the model can hold
 SHAPES = {"llama-26m": LLAMA_26M, "llama-tiny": LLAMA_26M | {"dim": 32, "n_layers": 2, "ffn_dim": 64}}
 ON_A_CPU = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True}
 QUIET = {"num_train_epochs": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
@@ -47,6 +47,7 @@ class Lesson(NamedTuple):
 
     path: Path
     folder: Path
+    row: int  # tokens of a packed row, and the longest example
 
 
 class Ours(NamedTuple):
@@ -65,24 +66,26 @@ class Task(NamedTuple):
     theirs: Callable[[Start, Lesson, Rows, Options], Callable[[], object]]  # what makes the pass, when it is called
     check: Callable[[Start, Lesson, Sequence[str]], None]  # asserts that all begin with the same numbers
     peers: dict[str, Options]
+    row: int  # tokens, where nothing else is asked for
+    checked: int  # examples whose first numbers are compared, at least a row
 
 
 def make_start(shape: str, tokenizer: Tokenizer, folder: Path, seed: int = 0) -> Start:
-    model = Transformer(llama2(vocab_size=tokenizer.vocab_size, max_seq_len=ROW, **SHAPES[shape]))
+    model = Transformer(llama2(vocab_size=tokenizer.vocab_size, max_seq_len=CONTEXT, **SHAPES[shape]))
     init_weights(model, seed)
     ours = save(model, tokenizer, folder / "ours")
     return Start(ours, export_hugging_face(ours, folder / "theirs"))
 
 
-def make_lesson(path: Path, first: int, count: int, folder: Path) -> Lesson:
+def make_lesson(path: Path, first: int, count: int, folder: Path, row: int) -> Lesson:
     """`count` examples of a file, from number `first` on."""
-    chosen = [row for _, row in islice(records(path), first, first + count)]
+    chosen = [example for _, example in islice(records(path), first, first + count)]
     if len(chosen) < count:
         raise ValueError(f"{path}: {first + count} examples are asked for, it has {first + len(chosen)}")
     home = folder / f"{path.stem}-{first}-{count}"
     home.mkdir(exist_ok=True)
     (home / "examples.json").write_text(json.dumps(chosen), encoding="utf-8")
-    return Lesson(home / "examples.json", home)
+    return Lesson(home / "examples.json", home, row)
 
 
 @contextmanager
@@ -94,7 +97,7 @@ def arguments(start: Start, lesson: Lesson, **more: Any) -> Iterator[list[str]]:
             "data.path": lesson.path,
             "data.cache_dir": lesson.folder / "cache",
             "data.val": 0,
-            "data.seq_len": ROW,
+            "data.seq_len": lesson.row,
             "train.max_epochs": 1,
             "train.precision": "fp32",
             "run.dir": f"{folder}/run",
@@ -115,11 +118,11 @@ def all_steps(trainer: Trainer) -> None:
 def measure(task: Task, start: Start, path: Path, peers: Sequence[str], folder: Path, options: argparse.Namespace):
     """Print the rows of one file."""
     device = torch.device("cpu")
-    task.check(start, make_lesson(path, 0, min(8, options.examples), folder), peers)
+    task.check(start, make_lesson(path, 0, min(task.checked, options.examples), folder, options.row), peers)
     seconds: dict[str, list[Seconds]] = {name: [] for name in ("minillm", *peers)}
     tokens = 0
     for number in range(options.rounds):
-        lesson = make_lesson(path, number * options.examples, options.examples, folder)
+        lesson = make_lesson(path, number * options.examples, options.examples, folder, options.row)
         with task.ours(start, lesson) as ours:
             seconds["minillm"].append(timed(lambda run: run(), ours.run, device))
             rows = task.rows(ours.store)
@@ -142,6 +145,7 @@ def make_parser(task: Task, doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--examples", type=int, default=32, help="a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--row", type=int, default=task.row, help="its tokens, and those of the longest example")
     return parser
 
 

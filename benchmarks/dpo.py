@@ -4,14 +4,14 @@
 
 The 26M shape of train_step.py in fp32 on a CPU, the same first weights, tokenizer, pairs and tokens on all sides, and
 the same loss, DPO's with beta 0.1. minillm's is what dpo.py builds: its store of trees, loader, objective, reference
-and Trainer; a step is two rows of 1,024 tokens, which hold about three pairs. TRL takes four pairs a step, and else
-runs as its authors chose, but for gradient checkpointing and bf16, which are on by default and only cost time on a CPU;
-and with the reference's log-probabilities computed before, its fastest setting here (it has no padding-free mode at
-the moment). To compute those is a part of the time wherever it is done.
+and Trainer; a step is two rows of 2,048 tokens, which hold about four pairs. TRL runs as its authors chose, eight pairs
+a step, but for gradient checkpointing and bf16, which are on by default and only cost time on a CPU; with the
+reference's log-probabilities computed before; and both with one pair a step, which pads least and is its fastest here
+(it has no padding-free mode at the moment). To compute the reference is a part of the time wherever it is done.
 
-A pair is at most 1,024 tokens of prompt and both answers: what is longer is cut by minillm's rules, for both.
+A pair is at most 2,048 tokens of prompt and both answers: what is longer is cut by minillm's rules, for both.
 
-Rounds and ratios are those of beside_trl.py. Before the first round the log-probabilities of the answers to eight
+Rounds and ratios are those of beside_trl.py. Before the first round the log-probabilities of the answers to four
 pairs are compared, of first weights. `--memory`: instead of time, the largest resident size of a fresh process during a
 pass, less that before: weights, reference, gradients, moments, and what a step needs beside them.
 """
@@ -28,7 +28,6 @@ from beside import in_fresh_process, memory_during, table, transformers_from
 from beside_trl import (
     ON_A_CPU,
     QUIET,
-    ROW,
     Lesson,
     Options,
     Ours,
@@ -60,15 +59,20 @@ from minillm.recipe.dpo import (
 from minillm.recipe.tuning import adapt, fitting_tuning, with_template
 from minillm.tokenizer import ByteTokenizer, load_tokenizer
 
-PAIRS = 4  # a step of TRL's
 BEFORE = {"precompute_ref_log_probs": True}
-PEERS: dict[str, Options] = {"TRL": {}, "TRL, reference before": BEFORE}
+PAIR_A_STEP = {"per_device_train_batch_size": 1}
+PEERS: dict[str, Options] = {
+    "TRL": {},
+    "TRL, reference before": BEFORE,
+    "TRL, a pair a step": PAIR_A_STEP,
+    "TRL, reference before, a pair a step": BEFORE | PAIR_A_STEP,
+}
 
 
 @contextmanager
 def ours(start: Start, lesson: Lesson) -> Iterator[Ours]:
     """A pass over the pairs, as dpo.py makes it."""
-    more = {"dpo.template": "chatml", "dpo.beta": 0.1, "optim.lr": 1e-6, "train.batch_tokens": 2 * ROW}
+    more = {"dpo.template": "chatml", "dpo.beta": 0.1, "optim.lr": 1e-6, "train.batch_tokens": 2 * lesson.row}
     with arguments(start, lesson, **more) as argv:
         fitting = partial(fitting_tuning, without_data=None, recommend=recommend_preference)
         config = read_config(PreferenceTuningConfig, argv, fitting)
@@ -113,7 +117,7 @@ def their_trainer(start: Start, lesson: Lesson, rows: Rows, options: Options):
             return dataset
 
     datasets.disable_progress_bars()
-    given = {"per_device_train_batch_size": PAIRS, "output_dir": str(lesson.folder / "trl")}
+    given = {"output_dir": str(lesson.folder / "trl"), "max_length": lesson.row}  # so that it cuts nothing more
     trainer = Tokenised(
         model=transformers_from(start.theirs),
         ref_model=None if options.get("precompute_ref_log_probs") else transformers_from(start.theirs),
@@ -133,12 +137,14 @@ def theirs(start: Start, lesson: Lesson, rows: Rows, options: Options) -> Callab
 
 
 def check_logprobs(start: Start, lesson: Lesson, peers: Sequence[str]) -> None:
-    """Asserts that all begin with the same log-probabilities of answers, which also warms them up."""
-    with ours(start, lesson) as (trainer, _, store), torch.no_grad():
-        batches = list(eval_batches(store, ROW, packing=True, micro_batch_size=1))
-        whole = sum(target_logprobs(trainer.model, batch).sum().item() for batch in batches)
+    """Asserts that all begin with the same log-probabilities of answers, and warms them up by a pass."""
+    with ours(start, lesson) as (trainer, run, store):
+        batches = list(eval_batches(store, lesson.row, packing=True, micro_batch_size=1))
+        with torch.no_grad():
+            whole = sum(target_logprobs(trainer.model, batch).sum().item() for batch in batches)
         expected = whole / store.n_documents
         rows = pairs(store)
+        run()
     for name in peers:
         once = {"per_device_train_batch_size": store.n_documents, "max_steps": 1, "logging_steps": 1}
         trainer = their_trainer(start, lesson, rows, PEERS[name] | once)
@@ -148,7 +154,7 @@ def check_logprobs(start: Start, lesson: Lesson, peers: Sequence[str]) -> None:
         assert abs(found / expected - 1) < 1e-4, f"{name}: log p of a pair is {found:.2f}, minillm's {expected:.2f}"
 
 
-TASK = Task(ours, pairs, theirs, check_logprobs, PEERS)
+TASK = Task(ours, pairs, theirs, check_logprobs, PEERS, row=2048, checked=4)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -180,7 +186,7 @@ def measure_memory(options: argparse.Namespace) -> None:
     with TemporaryDirectory() as folder:
         start = make_start(options.shape, tokenizer, Path(folder))
         for path in options.files:
-            lesson = make_lesson(path, 0, options.examples, Path(folder))
+            lesson = make_lesson(path, 0, options.examples, Path(folder), options.row)
             with ours(start, lesson) as made:
                 rows = pairs(made.store)
             needed = {"minillm": in_fresh_process(memory_of_ours, start, lesson, options.threads)}

@@ -20,7 +20,6 @@ from beside import transformers_from
 from beside_trl import (
     ON_A_CPU,
     QUIET,
-    ROW,
     Lesson,
     Options,
     Ours,
@@ -53,7 +52,7 @@ SEES_OTHERS = ("TRL, wrapped, a row a step",)  # conversations cut where a row e
 @contextmanager
 def ours(start: Start, lesson: Lesson) -> Iterator[Ours]:
     """A pass over the conversations, as sft.py makes it, a row a step."""
-    more = {"sft.template": "chatml", "optim.lr": 2e-5, "train.batch_tokens": ROW}  # TRL's rate, of no consequence here
+    more = {"sft.template": "chatml", "optim.lr": 2e-5, "train.batch_tokens": lesson.row}  # TRL's rate
     with arguments(start, lesson, **more) as argv:
         config = read_config(FineTuningConfig, argv, partial(fitting_tuning, without_data=None))
         with opened(config) as (dist, run):
@@ -86,7 +85,7 @@ def their_trainer(start: Start, lesson: Lesson, rows: Rows, options: Options):
     import trl
 
     datasets.disable_progress_bars()
-    config = trl.SFTConfig(output_dir=str(lesson.folder / "trl"), **ON_A_CPU, **QUIET, **options)
+    config = trl.SFTConfig(output_dir=str(lesson.folder / "trl"), max_length=lesson.row, **ON_A_CPU, **QUIET, **options)
     trainer = trl.SFTTrainer(
         model=transformers_from(start.theirs),
         args=config,
@@ -103,12 +102,14 @@ def theirs(start: Start, lesson: Lesson, rows: Rows, options: Options) -> Callab
 
 
 def check_losses(start: Start, lesson: Lesson, peers: Sequence[str]) -> None:
-    """Asserts that all begin with the same loss a learned token, which also warms them up."""
-    with ours(start, lesson) as (trainer, _, store), torch.no_grad():
-        batches = list(eval_batches(store, ROW, packing=True, micro_batch_size=1))
-        found = sum(trainer.objective(trainer.model, batch)[0].item() for batch in batches)
+    """Asserts that all begin with the same loss a learned token, and warms them up by a pass."""
+    with ours(start, lesson) as (trainer, run, store):
+        batches = list(eval_batches(store, lesson.row, packing=True, micro_batch_size=1))
+        with torch.no_grad():
+            found = sum(trainer.objective(trainer.model, batch)[0].item() for batch in batches)
         expected = found / sum(map(trainer.objective.count, batches))
         rows = documents(store)
+        run()
     for name in peers:
         if name not in SEES_OTHERS:
             once = {"per_device_train_batch_size": len(rows["input_ids"]), "max_steps": 1, "logging_steps": 1}
@@ -118,7 +119,7 @@ def check_losses(start: Start, lesson: Lesson, peers: Sequence[str]) -> None:
             assert abs(loss - expected) < 1e-3, f"{name}: the first loss is {loss:.4f}, minillm's {expected:.4f}"
 
 
-TASK = Task(ours, documents, theirs, check_losses, PEERS)
+TASK = Task(ours, documents, theirs, check_losses, PEERS, row=1024, checked=8)
 
 
 def main(argv: list[str] | None = None) -> None:

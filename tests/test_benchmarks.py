@@ -247,7 +247,7 @@ def preferences(tmp_path):
 def test_without_trl_minillm_is_timed_alone(beside_trl, sft, dpo, chats, preferences, capsys, monkeypatch):
     monkeypatch.setattr(beside_trl, "importable", lambda names: [])
     for recipe, path in ((sft, chats), (dpo, preferences)):
-        recipe.main([str(path), "--shape", "llama-tiny", "--examples", "8", "--rounds", "1", "--threads", "1"])
+        recipe.main([str(path), "--shape", "llama-tiny", "--examples", "8", "--rounds", "1", "--row", "512"])
         [row] = rows(capsys.readouterr().out)
         assert row[:2] == [path.stem, "minillm"]
         assert row[4:] == ["1.00", "1.00"]
@@ -255,12 +255,12 @@ def test_without_trl_minillm_is_timed_alone(beside_trl, sft, dpo, chats, prefere
 
 def test_trl_is_given_the_tokens_that_minillm_learns(beside_trl, sft, dpo, chats, preferences, tmp_path):
     start, tokenizer = beside_trl.make_start("llama-tiny", ByteTokenizer(), tmp_path), ByteTokenizer()
-    with sft.ours(start, beside_trl.make_lesson(chats, 3, 4, tmp_path)) as ours:
+    with sft.ours(start, beside_trl.make_lesson(chats, 3, 4, tmp_path, row=1024)) as ours:
         found = sft.documents(ours.store)
     assert tokenizer.decode(found["input_ids"][0]).startswith("user\nSay 3.\nassistant\n3 and ")
     learned = [token for token in found["labels"][0] if token >= 0]
     assert tokenizer.decode(learned).startswith("3 and ")
-    with dpo.ours(start, beside_trl.make_lesson(preferences, 0, 8, tmp_path)) as ours:
+    with dpo.ours(start, beside_trl.make_lesson(preferences, 0, 8, tmp_path, row=1024)) as ours:
         found = {name: tokenizer.decode(column[3]) for name, column in dpo.pairs(ours.store).items()}
     assert found["prompt_ids"] == "user\nSay 3.\nassistant\n"
     assert found["chosen_ids"].startswith("3 and ")
@@ -281,7 +281,7 @@ def test_fine_tuning_is_timed_beside_trl_on_the_same_conversations(sft, chats, c
 @pytest.mark.soak  # to import it takes 10 seconds
 def test_preferences_are_learned_beside_trl_from_the_same_pairs(dpo, preferences, capsys):
     peer = "TRL, reference before"
-    given = ["--shape", "llama-tiny", "--examples", "8", "--rounds", "1", "--threads", "1", "--peers", peer]
+    given = ["--shape", "llama-tiny", "--examples", "8", "--rounds", "1", "--row", "512", "--peers", peer]
     dpo.main([str(preferences), *given])
     table = rows(capsys.readouterr().out)
     assert [row[1] for row in table] == ["minillm", peer]
@@ -301,13 +301,13 @@ def test_memory_of_learning_preferences_is_that_of_each(dpo, preferences, capsys
 @pytest.mark.soak  # to import it takes 10 seconds
 def test_a_peer_that_learns_from_other_weights_or_tokens_is_noticed(beside_trl, sft, chats, tmp_path):
     start = beside_trl.make_start("llama-tiny", ByteTokenizer(), tmp_path)
-    lesson = beside_trl.make_lesson(chats, 0, 6, tmp_path)
+    lesson = beside_trl.make_lesson(chats, 0, 6, tmp_path, row=1024)
     sft.check_losses(start, lesson, ["TRL, packed"])
     other = beside_trl.make_start("llama-tiny", ByteTokenizer(), tmp_path / "other", seed=1)
     with pytest.raises(AssertionError, match="TRL: the first loss is"):
         sft.check_losses(start._replace(theirs=other.theirs), lesson, ["TRL"])
     with pytest.raises(ValueError, match="13 examples are asked for, it has 12"):
-        beside_trl.make_lesson(chats, 6, 7, tmp_path)
+        beside_trl.make_lesson(chats, 6, 7, tmp_path, row=1024)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
