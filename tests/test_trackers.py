@@ -35,8 +35,10 @@ def events(directory):
 
 def history(directory):
     """Per offline file, in order of time: the id of the W&B run, and its rows, from what `wandb sync` sends."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # the process that writes the files has all of them written when it has ended
     found = []
     for path in sorted(directory.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
         run_id, rows = None, []
