@@ -431,6 +431,7 @@ def write_wrong():
     write_rows("halves.jsonl", [row, {name: row[name] for name in ("prompt", "chosen")}])
     write_rows("unasked.jsonl", [{"chosen": "red", "rejected": "blue"}])
     write_rows("alike.jsonl", [row | {"rejected": "red"}] * 4)
+    write_rows("one.jsonl", [row | {"rejected": "red"}])
     write_rows("silent.jsonl", [row | {"rejected": ""}] * 4)
     write_rows("unsure.jsonl", [{"prompt": "0?", "completion": "red", "label": "perhaps"}])
     write_rows("talk.jsonl", [{"prompt": "0?", "response": "red"}])
@@ -447,6 +448,7 @@ def write_wrong():
         (["--data.path", "unasked.jsonl"], "unasked.jsonl:1: "),
         (["--data.path", "held.jsonl"], "data.path: no preferences besides those of data.val; the dataset is empty"),
         (["--data.path", "alike.jsonl"], "none is left for train, 4 have equal answers"),
+        (["--data.path", "one.jsonl", "--data.val", 0.5], "1 have equal answers\n"),  # and not: is held out
         (["--data.path", "silent.jsonl"], "none is left for train, 4 have an empty answer"),
         (["--data.path", "labels.jsonl"], "labels.jsonl:1: one answer with a label; the loss compares two"),
         (["--data.path", "talk.jsonl"], "talk.jsonl:1: "),

@@ -243,8 +243,9 @@ def write(reading: Reading, tokenizer: Tokenizer, identity: dict, directory: Pat
                     for reason, said in kind.reasons.items()
                     if counts[reason]
                 )
-                all_in_val = ": all is held out; --data.val 0 holds nothing out" * (name == "train" and not n_train)
-                raise ValueError(f"data.path: of {n_found} {kind.name} none is left for {name}{why}{all_in_val}")
+                all_in_val = name == "train" and not n_train and writers["val"].n_tokens > 0
+                advice = ": all is held out; --data.val 0 holds nothing out" * all_in_val
+                raise ValueError(f"data.path: of {n_found} {kind.name} none is left for {name}{why}{advice}")
         entries = {name: writer.close() | {kind.marks: marks[name].close()} for name, writer in writers.items()}
         if changed := changed_files(identity):
             raise ValueError(f"data.path: {', '.join(changed[:5])} changed while being read; prepare again")
